@@ -1,0 +1,117 @@
+"""Backends: what can run a detector here, and why not.  Importing this loads no OpenVINO, no torch and no CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping
+
+from advrad_fast.backends.base import Array, Backend, BackendStatus, Precision, Scores, check_precision
+from advrad_fast.backends.cache import CacheDir
+from advrad_fast.config import DetectorConfig
+from advrad_fast.errors import BackendUnavailableError, ConfigError, expected
+
+__all__ = ["BACKENDS", "Backend", "BackendStatus", "Scores", "available", "create"]
+
+#: Every backend, in the order in which ``auto`` tries them.
+BACKENDS = ("cuda", "cpu", "reference")
+
+_log = logging.getLogger(__name__)
+
+
+def available() -> list[BackendStatus]:
+    """Every backend in the order of :data:`BACKENDS`, usable or with the reason why not.  Never raises."""
+    return [_status(name) for name in BACKENDS]
+
+
+def create(
+    name: str,
+    config: DetectorConfig,
+    weights: Mapping[str, Array],
+    mu: Array,
+    inverse_spread: Array,
+    *,
+    threads: int | None = None,
+    precision: Precision = "auto",
+    cache_dir: CacheDir = None,
+) -> Backend:
+    """A backend for one detector.
+
+    Args:
+        name: one of :data:`BACKENDS`, or ``auto`` for the first of them that is usable.
+        config: the detector's settings.
+        weights: float32, exactly :func:`advrad_fast.graph.expected_tensors` of ``config.unet``.
+        mu, inverse_spread: float32 (H, W), the normal map and one over its spread (ones where unused).
+        threads: of the network; None for the library's choice.
+        precision: ``fp32``, ``bf16``, or ``auto`` for the fastest that the device computes in.
+        cache_dir: where compiled networks are kept; None for the platform's cache folder, False for nowhere.
+
+    Raises:
+        BackendUnavailableError: the backend asked for, or every one, is unusable here; the message has each one's reason.
+        ConfigError: the name is unknown, or an option is out of range or not to be had from this backend.
+        ModelFileError: a tensor is missing, unknown, mis-shaped or not float32.
+    """
+    known = ("auto", *BACKENDS)
+    if name not in known:
+        raise ConfigError(expected("backend", f"one of {list(known)}", name))
+    check_precision(precision)
+    for candidate in BACKENDS if name == "auto" else (name,):
+        status = _status(candidate)
+        if status.usable:
+            break
+    else:
+        reasons = "".join(f"\n  {s.name}: {'usable: ' if s.usable else ''}{s.detail}" for s in available())
+        raise BackendUnavailableError(f"backend {name!r} cannot be used here:{reasons}")
+    _log.info("backend %s: %s", status.name, status.detail)
+    if status.name == "cpu":
+        from advrad_fast.backends.cpu import CpuBackend
+
+        return CpuBackend(config, weights, mu, inverse_spread, threads=threads, precision=precision, cache_dir=cache_dir)
+    if precision == "bf16":
+        raise ConfigError(expected("precision", "'auto' or 'fp32' for the reference backend", precision))
+    from advrad_fast.backends.reference import ReferenceBackend
+
+    return ReferenceBackend(config, weights, mu, inverse_spread, threads=threads)
+
+
+def _status(name: str) -> BackendStatus:
+    checks: dict[str, Callable[[], BackendStatus]] = {"cuda": _cuda, "cpu": _cpu, "reference": _reference}
+    try:
+        return checks[name]()
+    except Exception as error:  # a broken installation can raise anything at import
+        return BackendStatus(name, False, f"{type(error).__name__}: {error}")
+
+
+def _cpu() -> BackendStatus:
+    missing = [module for module in ("openvino", "onnx") if not _installed(module)]
+    if missing:
+        return BackendStatus("cpu", False, "; ".join(f"{module} is not installed" for module in missing))
+    from advrad_fast.backends import cpu
+
+    return cpu.status()
+
+
+def _cuda() -> BackendStatus:
+    reasons = []
+    if not (_installed("tensorrt") or _installed("tensorrt_rtx")):
+        reasons.append("neither tensorrt nor tensorrt_rtx is installed")
+    if not _installed("pycuda"):
+        reasons.append("pycuda is not installed")
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        reasons.append("the NVIDIA driver's libcuda.so.1 cannot be loaded")
+    reasons.append("the CUDA backend is not built in this version")
+    return BackendStatus("cuda", False, "; ".join(reasons))
+
+
+def _reference() -> BackendStatus:
+    if not _installed("torch"):
+        return BackendStatus("reference", False, "torch is not installed")
+    return BackendStatus("reference", True, f"CPU, PyTorch {importlib.metadata.version('torch')}, fp32")
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

@@ -1,0 +1,157 @@
+"""What every backend is: a function of (frame, seed) to a score and a map, and what it says about itself."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advrad_fast.config import DetectorConfig
+from advrad_fast.errors import ConfigError, ImageError, InferenceError, ModelFileError, expected
+from advrad_fast.philox import check_seed
+
+Precision = Literal["auto", "fp32", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16")
+
+MAX_THREADS = 1024
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a backend returns for N images.
+
+    Attributes:
+        scores: float32 (N,), finite.
+        maps: float32 (N, H, W), finite, or None where none were asked for.  A score is its map's maximum.
+        timings: milliseconds over all N images spent on ``noise``, ``network`` and ``error``.
+    """
+
+    scores: Array
+    maps: Array | None
+    timings: dict[str, float]
+
+
+class Backend(Protocol):
+    """One device's pipeline for one detector.  Thread-safe: threads may share it."""
+
+    @property
+    def name(self) -> str:
+        """One of :data:`advrad_fast.backends.BACKENDS`."""
+
+    @property
+    def precision(self) -> str:
+        """What the network computes in: ``fp32`` or ``bf16``."""
+
+    def score(self, images: NDArray[np.uint8], *, seed: int, want_maps: bool) -> Scores:
+        """Score images.  An image's result depends on it and on ``seed``, never on its neighbours.
+
+        Args:
+            images: uint8 (N, H, W, C) of the configured size, any strides; N may be 0.
+            seed: of the noise, in [0, 2**64).
+            want_maps: also return the anomaly maps.
+
+        Raises:
+            ImageError: the dtype or the shape is not the configured one.
+            ConfigError: the seed is out of range.
+            InferenceError: the engine failed, or returned something not finite.
+        """
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can be used here.
+
+    Attributes:
+        name: one of :data:`advrad_fast.backends.BACKENDS`.
+        usable: whether it can.
+        detail: what would run (device, library and version, precision), or the reason why nothing would.
+    """
+
+    name: str
+    usable: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One image's result, before it is checked: score, map (H, W) or None, and the milliseconds of the three steps."""
+
+    score: float
+    map: Array | None
+    noise: float
+    network: float
+    error: float
+
+
+class FrameBackend(ABC):
+    """A backend that runs images one at a time, each as one batch of ``draws``: so N and order cannot matter."""
+
+    name: str
+    precision: str
+
+    def __init__(self, config: DetectorConfig, mu: Array, inverse_spread: Array) -> None:
+        size = (config.image.height, config.image.width)
+        for what, array in (("mu", mu), ("inverse_spread", inverse_spread)):
+            if array.dtype != np.float32 or array.shape != size:
+                raise ModelFileError(f"{what}: expected float32 {size}, got {array.dtype} {array.shape}")
+        self._config = config
+
+    @abstractmethod
+    def _frame(self, image: NDArray[np.uint8], seed: int, want_map: bool) -> Frame:
+        """Score one C-contiguous image (1, H, W, C)."""
+
+    def score(self, images: NDArray[np.uint8], *, seed: int, want_maps: bool) -> Scores:
+        """See :meth:`Backend.score`."""
+        seed = check_seed(seed)
+        size = self._config.image
+        shape = (size.height, size.width, size.channels)
+        if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape:
+            got = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
+            raise ImageError(f"images: expected uint8 (N, {', '.join(map(str, shape))}), got {got}")
+        scores = np.empty(len(images), dtype=np.float32)
+        maps = np.empty((len(images), *shape[:2]), dtype=np.float32) if want_maps else None
+        timings = dict.fromkeys(("noise", "network", "error"), 0.0)
+        for i in range(len(images)):
+            frame = self._frame(np.ascontiguousarray(images[i : i + 1]), seed, want_maps)
+            if not np.isfinite(frame.score):
+                raise InferenceError(expected(f"images[{i}]: score", "a finite number", frame.score))
+            scores[i] = frame.score
+            if maps is not None and frame.map is not None:
+                if not np.isfinite(frame.map).all():
+                    raise InferenceError(
+                        f"images[{i}]: expected a finite anomaly map, got {frame.map.size} values with NaN or infinity"
+                    )
+                maps[i] = frame.map
+            for name in timings:
+                timings[name] += getattr(frame, name)
+        return Scores(scores, maps, timings)
+
+
+def check_threads(threads: object) -> int | None:
+    """``threads`` as an int in [1, MAX_THREADS], or None for the library's own choice; else a ConfigError."""
+    if threads is None:
+        return None
+    if isinstance(threads, bool) or not isinstance(threads, int | np.integer) or not 1 <= threads <= MAX_THREADS:
+        raise ConfigError(expected("threads", f"None or an integer in [1, {MAX_THREADS}]", threads))
+    return int(threads)
+
+
+def check_precision(precision: Any) -> Precision:
+    """``precision`` as one of PRECISIONS, or a ConfigError."""
+    if precision not in PRECISIONS:
+        raise ConfigError(expected("precision", f"one of {list(PRECISIONS)}", precision))
+    return precision  # type: ignore[no-any-return]
+
+
+def milliseconds(start: float, end: float) -> float:
+    """Between two readings of ``time.perf_counter``."""
+    return (end - start) * 1e3
+
+
+now = time.perf_counter

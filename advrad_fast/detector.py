@@ -1,0 +1,205 @@
+"""The detector: what people embed.
+
+>>> detector = Detector.load("bottle.safetensors")
+>>> inspection = detector.inspect(frame)              # uint8 (H, W, 3), straight from the camera
+>>> if inspection.outcome is not Outcome.OK:
+...     reject(part)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from os import PathLike
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advrad_fast import backends, calibrate, images, philox
+from advrad_fast.errors import AdvRADError, ConfigError, ImageError, InferenceError, PartNotFoundError, expected
+from advrad_fast.model import ModelFile
+
+_log = logging.getLogger(__name__)
+
+
+class Outcome(StrEnum):
+    """What an inspection says.  Only ``OK`` means a good part."""
+
+    OK = "OK"
+    DEFECT = "DEFECT"
+    ABSTAIN = "ABSTAIN"  #: no statement can be made: the part was not found
+    ERROR = "ERROR"  #: the frame could not be inspected
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One frame's result.
+
+    Attributes:
+        outcome: OK, DEFECT, ABSTAIN or ERROR.
+        score: the anomaly score, the maximum of the anomaly map; None without one (ABSTAIN, ERROR).
+        threshold: the threshold it was held against: ``score > threshold`` is a DEFECT.
+        p_value: share of normal parts that would score at least as high, a conformal p-value in (0, 1].
+        anomaly_map: float32 (H, W) at the frame's size, in the score's units, 0 where the model does not look; None
+            if not asked for.
+        mask: bool (H, W), where the map is above the threshold; None if no map was asked for.
+        backend: which backend computed it.
+        timings: milliseconds a stage: prepare, noise, network, error, total.
+        error: why there is no score (ABSTAIN, ERROR).
+    """
+
+    outcome: Outcome
+    score: float | None
+    threshold: float
+    p_value: float | None
+    anomaly_map: NDArray[np.float32] | None = field(repr=False)
+    mask: NDArray[np.bool_] | None = field(repr=False)
+    backend: str
+    timings: Mapping[str, float] = field(repr=False)
+    error: AdvRADError | None = None
+
+
+class Detector:
+    """Scores frames against a model of good parts.  Thread-safe: share one among threads.
+
+    A result is a function of the frame and the seed, not of batch, order or thread.
+
+    Args:
+        model: a model file's contents.
+        backend: ``auto``, ``cpu``, ``cuda`` or ``reference``.
+        seed: of the noise, in [0, 2**64).  None draws a fresh one from the operating system for every frame, so that
+            nobody can prepare a part or an image for the noise to come.
+        options: the backend's own (:func:`advrad_fast.backends.create`).
+
+    Raises:
+        BackendUnavailableError: the backend can't be had here; the message has each one's reason.
+    """
+
+    def __init__(self, model: ModelFile, *, backend: str = "auto", seed: int | None = 0, **options: Any) -> None:
+        self._model = model
+        self._seed = None if seed is None else philox.check_seed(seed)
+        self._backend = backends.create(backend, model.config, model.weights, model.mu, model.inverse_spread, **options)
+        self._threshold = model.threshold
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, backend: str = "auto", seed: int | None = 0, **options: Any) -> Detector:
+        """The detector in a model file.
+
+        Raises:
+            ModelFileError: the file is damaged, foreign or inconsistent.
+            BackendUnavailableError: as for the constructor.
+        """
+        return cls(ModelFile.load(path), backend=backend, seed=seed, **options)
+
+    @property
+    def model(self) -> ModelFile:
+        """The model file's contents."""
+        return self._model
+
+    @property
+    def backend(self) -> str:
+        """The backend that runs, and its precision: for example ``cpu (bf16)``."""
+        return f"{self._backend.name} ({self._backend.precision})"
+
+    @property
+    def threshold(self) -> float:
+        """``score > threshold`` is a DEFECT.  Can be set to any finite number."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float | np.floating) or not math.isfinite(value):
+            raise ConfigError(expected("threshold", "a finite number", value))
+        self._threshold = float(value)
+
+    @property
+    def false_alarm_rate(self) -> float:
+        """The bound on the false-alarm rate at the present threshold: the p-value of a score just above it."""
+        above = np.nextafter(np.array([self._threshold]), np.inf)
+        return float(calibrate.p_value(self._model.calibration_scores, above)[0])
+
+    @false_alarm_rate.setter
+    def false_alarm_rate(self, rate: float) -> None:
+        """Set the threshold to the least that holds this rate.
+
+        Raises:
+            CalibrationError: the model has too few calibration scores for it.
+        """
+        self._threshold = calibrate.conformal_threshold(self._model.calibration_scores, rate)
+
+    def inspect(self, frame: object, *, maps: bool = True, seed: int | None = None) -> Inspection:
+        """Inspect one frame.
+
+        Args:
+            frame: an array (see :func:`advrad_fast.images.check_frame`) or a PIL image.
+            maps: also compute the anomaly map and mask.
+            seed: instead of the detector's.
+
+        Returns:
+            OK or DEFECT, or ABSTAIN where the model aligns the part first and finds none.
+
+        Raises:
+            ImageError: the frame breaks the input contract.
+            InferenceError: the engine failed or returned something not finite.
+        """
+        start = time.perf_counter()
+        try:
+            prepared = images.prepare(frame, self._model.config.image)
+        except PartNotFoundError as error:
+            return self._failed(Outcome.ABSTAIN, error, start)
+        prepare = _ms(start)
+        threshold = self._threshold  # read once: another thread may set it
+        result = self._backend.score(prepared.image[None], seed=self._draw_seed(seed), want_maps=maps)
+        score = float(result.scores[0])
+        if not math.isfinite(score):
+            raise InferenceError(expected("score", "a finite number", score))
+        anomaly_map = mask = None
+        if result.maps is not None:
+            above = (result.maps[0] > threshold).astype(np.float32)
+            anomaly_map = images.map_to_frame(result.maps[0], prepared)
+            mask = images.map_to_frame(above, prepared) > 0.0  # any coverage: a small defect must not vanish
+        return Inspection(
+            outcome=Outcome.DEFECT if score > threshold else Outcome.OK,
+            score=score,
+            threshold=threshold,
+            p_value=float(calibrate.p_value(self._model.calibration_scores, np.array([score]))[0]),
+            anomaly_map=anomaly_map,
+            mask=mask,
+            backend=self.backend,
+            timings=MappingProxyType({"prepare": prepare, **result.timings, "total": _ms(start)}),
+        )
+
+    def inspect_batch(self, frames: Iterable[object], *, maps: bool = True, seed: int | None = None) -> list[Inspection]:
+        """Inspect frames; a bad one becomes an ERROR in its place, and the others keep their results.
+
+        Each result equals :meth:`inspect`'s of the same frame and seed.
+        """
+        results = []
+        for frame in frames:
+            start = time.perf_counter()
+            try:
+                results.append(self.inspect(frame, maps=maps, seed=seed))
+            except (ImageError, InferenceError) as error:
+                _log.warning("frame %d: %s", len(results), error)
+                results.append(self._failed(Outcome.ERROR, error, start))
+        return results
+
+    def _draw_seed(self, seed: int | None) -> int:
+        if seed is not None:
+            return philox.check_seed(seed)
+        return secrets.randbits(64) if self._seed is None else self._seed
+
+    def _failed(self, outcome: Outcome, error: AdvRADError, start: float) -> Inspection:
+        timings = MappingProxyType({"total": _ms(start)})
+        return Inspection(outcome, None, self._threshold, None, None, None, self.backend, timings, error)
+
+
+def _ms(start: float) -> float:
+    return (time.perf_counter() - start) * 1e3

@@ -1,0 +1,72 @@
+"""Every exception that advrad_fast raises on purpose.
+
+::
+
+    AdvRADError
+    ├── ConfigError             (ValueError)    a setting is out of range or of the wrong type
+    ├── ImageError              (ValueError)    a frame breaks the input contract
+    │   ├── ImageDecodeError                    a file is not an image, is truncated, or is not supported
+    │   ├── ImageTooLargeError                  more pixels than the cap, refused before decoding
+    │   └── PartNotFoundError                   the pose rule found no part: an inspection ABSTAINs
+    ├── ModelFileError          (ValueError)    a model file is damaged, foreign or inconsistent
+    ├── CalibrationError        (ValueError)    too few normal scores for the promise asked for
+    ├── DatasetError            (ValueError)    a folder does not hold what its layout needs
+    ├── TrainingError           (RuntimeError)  training cannot start, go on or resume
+    ├── BackendUnavailableError (RuntimeError)  no usable backend; the message has each one's reason
+    └── InferenceError          (RuntimeError)  the engine failed, or returned something not finite
+"""
+
+from __future__ import annotations
+
+
+class AdvRADError(Exception):
+    """The root: ``except AdvRADError`` catches everything this package raises on purpose."""
+
+
+class ConfigError(AdvRADError, ValueError):
+    """A setting is out of range or of the wrong type."""
+
+
+class ImageError(AdvRADError, ValueError):
+    """A frame or image file breaks the input contract of :mod:`advrad_fast.images`."""
+
+
+class ImageDecodeError(ImageError):
+    """A file is not an image, is truncated, or has a format that is not supported."""
+
+
+class ImageTooLargeError(ImageError):
+    """An image has more pixels than the cap.  Files are refused before they are decoded."""
+
+
+class PartNotFoundError(ImageError):
+    """The model aligns the part before it looks, and found none in this frame."""
+
+
+class ModelFileError(AdvRADError, ValueError):
+    """A model file is damaged, foreign or inconsistent; the message names the field."""
+
+
+class CalibrationError(AdvRADError, ValueError):
+    """Too few normal scores for the false-alarm rate asked for, or scores that are not finite."""
+
+
+class DatasetError(AdvRADError, ValueError):
+    """A folder does not hold what its layout needs."""
+
+
+class TrainingError(AdvRADError, RuntimeError):
+    """Training cannot start, go on or resume."""
+
+
+class BackendUnavailableError(AdvRADError, RuntimeError):
+    """The backend asked for, or every backend, cannot be used here; the message says why."""
+
+
+class InferenceError(AdvRADError, RuntimeError):
+    """The engine failed or returned values that are not finite: the frame has no score."""
+
+
+def expected(name: str, wanted: str, got: object) -> str:
+    """The one sentence all messages use: what was named, what was wanted, what came."""
+    return f"{name}: expected {wanted}, got {got!r}"

@@ -1,0 +1,152 @@
+"""From trained weights to a detector: choose k, s and the score on held-out normals, compute the normal maps, calibrate.
+
+Choices are made on *selection* normals against synthetic defects made from them; thresholds come from *calibration* normals
+that nothing was chosen on, so that the conformal bound of :mod:`advrad_fast.calibrate` holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from advrad_fast.config import DetectorConfig, ScoreConfig
+from advrad_fast.evaluation.metrics import auroc
+from advrad_fast.reference import diffusion, score
+from advrad_fast.reference.unet import UNet
+from advrad_fast.training.synthetic import synthetic_defects
+
+_log = logging.getLogger(__name__)
+
+Weights = tuple[float, float, float, float]
+
+#: What is tried.  The first row of weights is the paper's.
+TIMESTEPS = (30, 50, 75, 100, 150, 200)
+SCALE_WEIGHTS: tuple[Weights, ...] = (
+    (0.25, 0.25, 0.25, 0.25),
+    (1.0, 0.0, 0.0, 0.0),
+    (0.0, 1.0, 0.0, 0.0),
+    (0.0, 0.0, 1.0, 0.0),
+    (0.0, 0.0, 0.0, 1.0),
+    (0.05, 0.1, 0.25, 0.6),
+)
+FILTER_SIZES = (3, 7, 11, 15, 21)
+DEFECTS_A_NORMAL = 6
+
+#: The noise of fitting: an image id for every image, away from inspection's id 0.
+_FIT_SEED = 0x5EED
+
+
+class NormalMaps(NamedTuple):
+    """Per-pixel statistics of the error over normals: float32 (H, W); ``spread`` is ones where the score does not use it."""
+
+    mu: Tensor
+    spread: Tensor
+
+
+@torch.inference_mode()
+def scale_errors(net: UNet, images: NDArray[np.uint8], config: DetectorConfig, *, first_id: int, seed: int = _FIT_SEED) -> Tensor:
+    """Err_l of every image at the configured k, averaged over the configured draws: float32 (N, 4, H, W).
+
+    ``first_id`` numbers the images, so that each has noise of its own.
+    """
+    c = diffusion.coefficients_at(config)
+    draws, k = config.diffusion.draws, config.diffusion.timestep
+    device = next(net.parameters()).device
+    rows = []
+    for i in range(len(images)):
+        image = torch.from_numpy(images[i : i + 1])
+        shape = (image.shape[3], image.shape[1], image.shape[2])
+        eps = diffusion.draw_noise(shape, seed=seed, draws=draws, image_ids=[first_id + i])
+        x_in = diffusion.noise(image, eps, c).to(device)
+        outputs = net(x_in, torch.full((draws,), k, device=device)).cpu()
+        x = diffusion.normalise(image)
+        x_tilde = c.skip * (c.signal * x + c.noise * eps) + c.out * outputs
+        rows.append(score.scale_errors(x.expand_as(x_tilde), x_tilde).mean(dim=0))
+    return torch.stack(rows)
+
+
+def normal_maps(errors: Tensor, config: ScoreConfig) -> NormalMaps:
+    """mu, and the spread where the score uses it, from the normals' :func:`scale_errors`.
+
+    The spread is the per-pixel standard deviation with a floor in quadrature, half its mean over the image, so that
+    a pixel where a few normals happen to agree does not dominate.
+    """
+    maps = torch.cat([score.error_map(e, config) for e in torch.split(errors, 8)])
+    mu = maps.mean(dim=0)
+    if not config.spread or len(maps) < 2:
+        return NormalMaps(mu, torch.ones_like(mu))
+    spread = maps.std(dim=0)
+    return NormalMaps(mu, (spread.square() + (SPREAD_FLOOR * spread.mean()).square()).sqrt())
+
+
+SPREAD_FLOOR = 0.5
+
+
+def scores(errors: Tensor, maps: NormalMaps, config: ScoreConfig) -> NDArray[np.float64]:
+    """The scores of images from their :func:`scale_errors`: float64 (N,)."""
+    rows = [
+        score.anomaly_map(score.error_map(e, config), maps.mu, 1.0 / maps.spread).amax(dim=(1, 2)) for e in torch.split(errors, 8)
+    ]
+    return torch.cat(rows).double().numpy()
+
+
+def candidates(weights: Iterable[Weights] = SCALE_WEIGHTS, sizes: Iterable[int] = FILTER_SIZES) -> Iterator[ScoreConfig]:
+    """The score settings that :func:`select` tries."""
+    for spread, w, s in itertools.product((False, True), weights, sizes):
+        yield ScoreConfig(scale_weights=w, filter_size=s, spread=spread)
+
+
+class Trial(NamedTuple):
+    """One setting and how it separated normals from synthetic defects."""
+
+    timestep: int
+    score: ScoreConfig
+    auroc: float
+    separation: float
+
+
+def select(
+    net: UNet,
+    train: NDArray[np.uint8],
+    selection: NDArray[np.uint8],
+    config: DetectorConfig,
+    *,
+    timesteps: Sequence[int] = TIMESTEPS,
+    seed: int = 0,
+) -> tuple[DetectorConfig, list[Trial]]:
+    """Choose k and the score settings: the highest AUROC of selection normals against synthetic defects made from them.
+
+    Equal AUROCs are told apart by the median defect's distance from the normals, in units of their spread.
+
+    Returns:
+        the configuration with the choice in it, and every trial, best first.
+    """
+    defects = synthetic_defects(selection, DEFECTS_A_NORMAL * len(selection), seed)
+    labels = np.r_[np.zeros(len(selection), dtype=int), np.ones(len(defects), dtype=int)]
+    train = train[:: max(1, len(train) // 80)]  # enough for trial maps; the final ones use all
+    trials = []
+    for k in timesteps:
+        at_k = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, timestep=k))
+        normal = scale_errors(net, train, at_k, first_id=1)
+        test = scale_errors(net, np.concatenate([selection, defects]), at_k, first_id=100_000)
+        for candidate in candidates():
+            values = scores(test, normal_maps(normal, candidate), candidate)
+            good, bad = np.log(values[: len(selection)] + 1e-12), np.log(values[len(selection) :] + 1e-12)
+            separation = float((np.median(bad) - np.median(good)) / (good.std() + 1e-6))
+            trials.append(Trial(k, candidate, auroc(labels, values), separation))
+        best = max(trials, key=lambda t: (t.auroc, t.separation))
+        _log.info("k=%d done; best so far: k=%d %s AUROC %.4f", k, best.timestep, best.score, best.auroc)
+    trials.sort(key=lambda t: (-t.auroc, -t.separation))
+    best = trials[0]
+    chosen = dataclasses.replace(
+        config, diffusion=dataclasses.replace(config.diffusion, timestep=best.timestep), score=best.score
+    )
+    return chosen, trials

@@ -1,0 +1,187 @@
+"""One call from a folder of good parts to a model file."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import platform
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advrad_fast import calibrate
+from advrad_fast.config import DetectorConfig, DiffusionConfig, ImageConfig, ScoreConfig, UNetConfig
+from advrad_fast.evaluation.datasets import load_dataset
+from advrad_fast.model import ModelFile, Scalar, round_to_half
+from advrad_fast.reference.unet import UNet
+from advrad_fast.training import fitting
+from advrad_fast.training.dataset import Align, Split, image_config, load_samples, load_split
+from advrad_fast.training.settings import Preset, preset, replace
+from advrad_fast.training.trainer import Trainer, distributed
+
+_log = logging.getLogger(__name__)
+
+#: The false-alarm rate a model is made for, unless there are too few normals for it.
+FALSE_ALARM_RATE = 0.05
+
+#: Below this many input pixels the ``fast`` preset can afford a finer stem.
+_FINE_STEM_PIXELS = 40_000
+
+
+def train(
+    data: str | Path,
+    out: str | Path,
+    *,
+    preset_name: str = "fast",
+    size: int = 256,
+    align: Align = "auto",
+    grey: bool | None = None,
+    brightness: float | None = None,
+    false_alarm_rate: float = FALSE_ALARM_RATE,
+    draws: int | None = None,
+    prediction: str | None = None,
+    patch: int | None = None,
+    half: bool = True,
+    progress: bool = True,
+    settings: dict[str, object] | None = None,
+    note: str | None = None,
+) -> ModelFile | None:
+    """Train a detector on a folder of good parts and write its model file.
+
+    An interrupted run goes on where its checkpoint (``<out>.checkpoint``, removed at the end) stands when called again.
+
+    Args:
+        data: a folder in MVTec AD layout, or any folder of good images.
+        out: the model file to write.
+        preset_name: ``fast`` or ``paper``.
+        size, align, brightness: :func:`advrad_fast.training.dataset.image_config`.
+        grey: one channel instead of three; None: where every sampled image is grey.
+        false_alarm_rate: target of the threshold; raised to 1 / (n + 1) where n calibration normals allow no less.
+        draws, prediction, patch: changes to the preset's network and detector.
+        half: store the weights in fp16, for a file half as large.
+        settings: changes to the preset's :class:`TrainSettings`.
+        note: stored in the model file (a licence, an origin).
+
+    Returns:
+        the model, or None in the processes of a ``torchrun`` other than the first.
+
+    Raises:
+        DatasetError, ImageError, ConfigError, TrainingError: as their names say; nothing is written at ``out``.
+    """
+    out, start = Path(out), time.monotonic()
+    chosen = preset(preset_name)
+    train_settings = replace(chosen.settings, **(settings or {}))
+    rank, world_size = distributed()
+    paths = load_dataset(Path(data)).train
+    samples = load_samples(paths)
+    unet = _network(chosen, samples, grey=grey, prediction=prediction, patch=patch)
+    image = image_config(samples, unet, size=size, align=align, brightness=brightness)
+    if preset_name == "fast" and patch is None and image.height * image.width <= _FINE_STEM_PIXELS:
+        unet = dataclasses.replace(unet, patch=2)
+    diffusion = DiffusionConfig(draws=draws if draws is not None else 1, timestep=min(100, train_settings.timestep_high))
+    config = DetectorConfig(unet, diffusion, ScoreConfig(), image)
+    split = load_split(paths, image, train_settings.seed)
+    _log.info(
+        "%d good images: %d to train on, %d to choose settings on, %d to calibrate on; input %d x %d x %d, patch %d%s",
+        len(paths), len(split.train), len(split.selection), len(split.calibration),
+        image.height, image.width, image.channels, unet.patch, ", aligned" if image.pose else "",
+    )  # fmt: skip
+
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    trainer = Trainer(split.train, unet, diffusion, train_settings, checkpoint=checkpoint, rank=rank, world_size=world_size)
+    weights = trainer.run(progress=progress)
+    if rank > 0:
+        return None
+    model = fit(
+        weights,
+        split,
+        config,
+        false_alarm_rate=false_alarm_rate,
+        half=half,
+        seed=train_settings.seed,
+        timesteps=[k for k in fitting.TIMESTEPS if train_settings.timestep_low <= k <= train_settings.timestep_high],
+        provenance={
+            "preset": preset_name,
+            "settings": str(train_settings.to_json()),
+            "images": len(paths),
+            "data_sha256": split.data_hash,
+            "advrad_fast": version("advrad-fast"),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "machine": platform.machine(),
+            "minutes": round((time.monotonic() - start) / 60, 1),
+            **({"note": note} if note else {}),
+        },
+    )
+    model.save(out, half=half)
+    checkpoint.unlink(missing_ok=True)
+    return model
+
+
+def fit(
+    weights: dict[str, Tensor],
+    split: Split,
+    config: DetectorConfig,
+    *,
+    false_alarm_rate: float,
+    half: bool,
+    seed: int,
+    timesteps: list[int],
+    provenance: Mapping[str, Scalar],
+    chosen: Callable[[DetectorConfig], DetectorConfig] | None = None,
+) -> ModelFile:
+    """Choose the settings, compute the normal maps and calibrate: from trained weights to a model.
+
+    Args:
+        half: round the weights to fp16 first, so that what is calibrated is what is stored.
+        timesteps: candidates for k.
+        chosen: instead of the selection: a function from the configuration to the one to use.
+    """
+    arrays = {name: w.numpy() for name, w in weights.items()}
+    if half:
+        arrays = round_to_half(arrays)
+    net = UNet(config.unet)
+    net.load_state_dict({name: torch.tensor(a) for name, a in arrays.items()})
+    net.eval()
+    if chosen is not None:
+        config = chosen(config)
+    else:
+        config, trials = fitting.select(net, split.train, split.selection, config, timesteps=timesteps, seed=seed)
+        best = trials[0]
+        _log.info("chose k=%d, %s: AUROC %.4f on synthetic defects", best.timestep, best.score, best.auroc)
+        provenance = {**provenance, "selection_auroc": round(best.auroc, 5), "selection_separation": round(best.separation, 3)}
+    maps = fitting.normal_maps(fitting.scale_errors(net, split.train, config, first_id=1), config.score)
+    errors = fitting.scale_errors(net, split.calibration, config, first_id=200_000)
+    scores = np.sort(fitting.scores(errors, maps, config.score))
+    rate = max(false_alarm_rate, calibrate.attainable_rate(len(scores)))
+    if rate > false_alarm_rate:
+        _log.warning(
+            "%d calibration images hold a false-alarm rate of %.3g at best, not %.3g", len(scores), rate, false_alarm_rate
+        )
+    return ModelFile(
+        config=config,
+        weights=arrays,
+        mu=maps.mu.numpy(),
+        spread=maps.spread.numpy() if config.score.spread else None,
+        calibration_scores=scores,
+        false_alarm_rate=rate,
+        threshold=calibrate.conformal_threshold(scores, rate),
+        provenance=dict(provenance),
+    )
+
+
+def _network(
+    chosen: Preset, samples: list[np.ndarray], *, grey: bool | None, prediction: str | None, patch: int | None
+) -> UNetConfig:
+    if grey is None:
+        grey = all(s.shape[2] == 1 or (np.ptp(s, axis=2) == 0).all() for s in samples)
+    changes = {"in_channels": 1 if grey else 3, "prediction": prediction, "patch": patch}
+    return dataclasses.replace(chosen.unet, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
+
+
+__all__ = ["FALSE_ALARM_RATE", "ImageConfig", "fit", "train"]
