@@ -35,9 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AdvRADError as error:
         _say(f"advrad-fast: {error}")
     except ModuleNotFoundError as error:
-        _say(
-            f"advrad-fast: {error.name} is not installed; this command needs: pip install 'advrad-fast[{options.extra or 'train'}]'"
-        )
+        extra = options.extra or "train"
+        _say(f"advrad-fast: {error.name} is not installed; needed here: pip install 'advrad-fast[{extra}]'")
     except OSError as error:
         _say(f"advrad-fast: {error}")
     except KeyboardInterrupt:
@@ -135,7 +134,7 @@ def _output(target: str | None) -> Iterator[TextIO | None]:
         yield sys.stdout
         sys.stdout.flush()
     else:
-        with open(target, "w", encoding="utf-8", newline="") as file:
+        with Path(target).open("w", encoding="utf-8", newline="") as file:
             yield file
 
 

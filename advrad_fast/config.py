@@ -28,7 +28,12 @@ _T = TypeVar("_T", bound="_Config")
 
 
 class _Config:
-    """JSON in and out for the frozen dataclasses below."""
+    """JSON in and out for the frozen dataclasses below, and the types of their fields."""
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(type(self)).items():
+            # Normalises as well: an integer given for a float becomes one, a list a tuple.
+            object.__setattr__(self, name, _convert(getattr(self, name), hint, name))
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain JSON values, which :meth:`from_json` turns back into an equal object."""
@@ -73,8 +78,10 @@ def _convert(value: object, hint: Any, path: str) -> Any:
             raise ConfigError(expected(path, f"{len(args)} values", value))
         return tuple(_convert(v, a, f"{path}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
     if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
         return hint.from_json(value, path)  # type: ignore[union-attr]
-    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1000:
         value = float(value)
     if type(value) is not hint:
         raise ConfigError(expected(path, f"a value of type {hint.__name__}", value))
@@ -132,6 +139,7 @@ class UNetConfig(_Config):
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.in_channels not in (1, 3):
             raise ConfigError(expected("in_channels", "1 or 3", self.in_channels))
         _integer("base_channels", self.base_channels, 1, _MAX_CHANNELS)
@@ -189,6 +197,7 @@ class DiffusionConfig(_Config):
     draws: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _integer("timesteps", self.timesteps, 2, 100_000)
         _number("beta_start", self.beta_start, 1e-9, 0.5)
         _number("beta_end", self.beta_end, self.beta_start, 0.5)
@@ -214,6 +223,7 @@ class ScoreConfig(_Config):
     spread: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for weight in self.scale_weights:
             _number("scale_weights", weight, 0.0, 1e6)
         if not any(self.scale_weights):
@@ -250,6 +260,7 @@ class PoseConfig(_Config):
     crop_width: float = 0.375
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _number("min_contrast", self.min_contrast, 1e-3, 1.0)
         for name in ("length", "min_length", "max_length", "min_area", "max_area", "crop_length", "crop_width"):
             _number(name, getattr(self, name), 1e-4, 4.0)
@@ -278,6 +289,7 @@ class ImageConfig(_Config):
     pose: PoseConfig | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("height", "width"):
             value = getattr(self, name)
             _integer(name, value, SCALES[-1], MAX_SIDE)
@@ -299,6 +311,7 @@ class DetectorConfig(_Config):
     image: ImageConfig = field(default_factory=ImageConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.unet.in_channels != self.image.channels:
             raise ConfigError(expected("unet.in_channels", f"image.channels = {self.image.channels}", self.unet.in_channels))
         for name in ("height", "width"):

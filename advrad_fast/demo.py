@@ -20,10 +20,11 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from advrad_fast.detector import Detector, Inspection
-from advrad_fast.errors import DatasetError
+from advrad_fast.errors import DatasetError, expected
 from advrad_fast.evaluation.datasets import Dataset, Sample, load_dataset
 from advrad_fast.evaluation.evaluate import Evaluation, evaluate, table
 from advrad_fast.images import load_image
@@ -32,7 +33,9 @@ from advrad_fast.overlay import FULL_SCALE, legend, overlay
 #: Functional cells that the demo's detector was trained, fitted and calibrated on; the others are held out.
 TRAINING_CELLS = 411
 
-_SHOWN = 12
+_SHOWN = 12  # cells of each label on the page
+
+_Picture = tuple[int, NDArray[np.uint8], Image.Image]  # index of the cell, the cell, its heat map
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def cells() -> Cells:
         paths.sort(key=lambda p: hashlib.sha256(p.name.encode()).hexdigest())
     good = chosen[0.0]
     if len(good) <= TRAINING_CELLS:
-        raise DatasetError(f"elpv-dataset: expected more than {TRAINING_CELLS} functional monocrystalline cells, got {len(good)}")
+        raise DatasetError(expected("functional monocrystalline cells in elpv-dataset", f"over {TRAINING_CELLS}", len(good)))
     return Cells(good[:TRAINING_CELLS], good[TRAINING_CELLS:], chosen[1.0])
 
 
@@ -91,9 +94,8 @@ def run(out: Path, *, limit: int | None = None, backend: str = "auto") -> int:
         0.
     """
     found = cells()
-    test = [Sample(p, 0, "good", None) for p in found.good[:limit]] + [
-        Sample(p, 1, "defective", None) for p in found.defective[:limit]
-    ]
+    test = [Sample(p, 0, "good", None) for p in found.good[:limit]]
+    test += [Sample(p, 1, "defective", None) for p in found.defective[:limit]]
     with as_file(files("advrad_fast") / "data" / "elpv-mono.safetensors") as path:
         detector = Detector.load(path, backend=backend)
     detector.inspect(load_image(found.train[0]))  # warm up: the first frame pays for memory
@@ -116,12 +118,11 @@ def run(out: Path, *, limit: int | None = None, backend: str = "auto") -> int:
         pictures.append((index, frame, picture))
     (out / "figures.json").write_text(json.dumps(evaluation.figures, indent=1) + "\n", encoding="utf-8")
     (out / "index.html").write_text(_page(evaluation, results, pictures, detector), encoding="utf-8")
-    sys.stdout.write("path                     label      outcome       score   p-value\n")
+    sys.stdout.write("cell                     label      outcome       score   p-value\n")
     for index in shown:
         sample, result = test[index], results[index]
-        sys.stdout.write(
-            f"{sample.path.name:24s} {sample.defect:10s} {result.outcome!s:8s} {result.score:10.5g}  {result.p_value:.3f}\n"
-        )
+        row = f"{sample.path.name:24s} {sample.defect:10s} {result.outcome!s:8s}"
+        sys.stdout.write(f"{row} {result.score:10.5g}  {result.p_value:.3f}\n")
     sys.stdout.write(table(evaluation) + "\n")
     sys.stdout.write(f"heat maps and the page: {out / 'index.html'}\n")
     return 0
@@ -144,33 +145,32 @@ def _embed(picture: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _page(
-    evaluation: Evaluation, results: list[Inspection], pictures: list[tuple[int, np.ndarray, Image.Image]], detector: Detector
-) -> str:
+def _page(evaluation: Evaluation, results: list[Inspection], pictures: list[_Picture], detector: Detector) -> str:
     f = evaluation.figures
     figures = []
     for index, frame, picture in pictures:
         sample, result = evaluation.samples[index], results[index]
-        grey = frame[..., 0] if frame.shape[2] == 1 else frame
+        cell = Image.fromarray(frame[..., 0] if frame.shape[2] == 1 else frame)
         score = "-" if result.score is None else f"{result.score:.4g}"
+        name = html.escape(sample.path.name)
         figures.append(
-            f'<figure class="{result.outcome!s}"><img alt="cell {html.escape(sample.path.stem)}" src="{_embed(Image.fromarray(grey))}">'
-            f'<img alt="its heat map" src="{_embed(picture)}"><figcaption><b>{result.outcome!s}</b> '
-            f"&middot; labelled {html.escape(sample.defect)} &middot; score {score}<br>{html.escape(sample.path.name)}</figcaption></figure>"
+            f'<figure class="{result.outcome}"><img alt="{name}" src="{_embed(cell)}">'
+            f'<img alt="heat map" src="{_embed(picture)}">'
+            f"<figcaption><b>{result.outcome}</b> &middot; labelled {html.escape(sample.defect)} &middot; score {score}"
+            f"<br>{name}</figcaption></figure>"
         )
-    medians = {
-        stage: statistics.median(r.timings[stage] for r in results if stage in r.timings)
-        for stage in ("prepare", "noise", "network", "error", "total")
-        if any(stage in r.timings for r in results)
-    }
+    stages = ("prepare", "noise", "network", "error", "total")
+    medians = [f"{stage} {statistics.median(r.timings[stage] for r in results):.2f}" for stage in stages]
+    low, high = f["image_auroc_interval"]
     rows = {
         "cells": f"{f['n_good']} functional, {f['n_bad']} defective, none of them seen in training",
-        "image AUROC": f"{100 * f['image_auroc']:.1f} (95 % interval {100 * f['image_auroc_interval'][0]:.1f} to {100 * f['image_auroc_interval'][1]:.1f})",
+        "image AUROC": f"{100 * f['image_auroc']:.1f} (95 % interval {100 * low:.1f} to {100 * high:.1f})",
         "F1max": f"{100 * f['f1_max']:.1f}",
-        "at the threshold": f"{f['defects_found']} of {f['n_bad']} defective cells found, {f['false_alarms']} of {f['n_good']} functional ones rejected",
-        "threshold": f"{f['threshold']:.4g}, set on calibration cells for a false-alarm rate of {detector.model.false_alarm_rate:.3g}",
+        "defective cells found": f"{f['defects_found']} of {f['n_bad']} at the threshold",
+        "functional cells rejected": f"{f['false_alarms']} of {f['n_good']} at the threshold",
+        "threshold": f"{f['threshold']:.4g}, set on calibration cells for a false-alarm rate of {detector.false_alarm_rate:.3g}",
         "backend": str(f["backend"]),
-        "median ms a frame": ", ".join(f"{stage} {value:.2f}" for stage, value in medians.items()),
+        "median ms a frame": ", ".join(medians),
     }
     lines = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
     return _TEMPLATE.format(rows=lines, figures="".join(figures), legend=_embed(legend()), full=f"{FULL_SCALE:g}")
@@ -180,18 +180,21 @@ _TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>advrad_fast: solar cells</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 74rem; padding: 0 1rem; color: #1c2430; background: #fafbfc }}
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 74rem; padding: 0 1rem; color: #1c2430;
+  background: #fafbfc }}
 h1 {{ font-size: 1.5rem }} table {{ border-collapse: collapse; margin: 1rem 0 }}
 th {{ text-align: left; font-weight: 600; padding: .2rem 1.2rem .2rem 0; vertical-align: top; white-space: nowrap }}
 main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem }}
-figure {{ margin: 0; background: #fff; border: 1px solid #d9dee5; border-left: 6px solid #3b8f5a; border-radius: 6px; padding: .6rem }}
+figure {{ margin: 0; padding: .6rem; background: #fff; border: 1px solid #d9dee5; border-left: 6px solid #3b8f5a;
+  border-radius: 6px }}
 figure.DEFECT {{ border-left-color: #c0392b }} figure.ABSTAIN, figure.ERROR {{ border-left-color: #888 }}
 figure img {{ width: 49%; border-radius: 3px }} figcaption {{ font-size: .85rem; color: #445 }}
 .legend {{ display: flex; gap: .6rem; align-items: center; font-size: .85rem }}
 </style></head><body>
 <h1>Solar cells under electroluminescence</h1>
-<p>Each held-out cell beside its anomaly map. The red bar marks what the detector calls a defect; every cell has the same colour scale,
-whose middle is the threshold. Cells are spread evenly over the ranking of their label, so misses and false alarms show too.</p>
+<p>Each held-out cell beside its anomaly map. The red bar marks what the detector calls a defect; every cell has the same
+colour scale, whose middle is the threshold. Cells are spread evenly over the ranking of their label, so misses and false
+alarms show too.</p>
 <table>{rows}</table>
 <p class="legend"><span>0</span><img alt="colour scale" src="{legend}"><span>{full} &times; threshold</span></p>
 <main>{figures}</main>

@@ -18,6 +18,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 
 class AdvRADError(Exception):
     """The root: ``except AdvRADError`` catches everything this package raises on purpose."""
@@ -69,4 +71,4 @@ class InferenceError(AdvRADError, RuntimeError):
 
 def expected(name: str, wanted: str, got: object) -> str:
     """The one sentence all messages use: what was named, what was wanted, what came."""
-    return f"{name}: expected {wanted}, got {got!r}"
+    return f"{name}: expected {wanted}, got {reprlib.repr(got)}"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from advrad_fast.config import DiffusionConfig, Prediction
+from advrad_fast.config import PREDICTIONS, DiffusionConfig, Prediction
 from advrad_fast.errors import ConfigError, expected
 
 
@@ -73,6 +73,8 @@ def coefficients(prediction: Prediction, bar: float, sigma_data: float) -> Coeff
         return Coefficients(a, b, 1.0, 0.0, 1.0)
     if prediction == "v":
         return Coefficients(a, b, 1.0, a, -b)
+    if prediction != "edm":
+        raise ConfigError(expected("prediction", f"one of {list(PREDICTIONS)}", prediction))
     s, d = b / a, sigma_data
     total = s * s + d * d
     return Coefficients(a, b, 1.0 / (a * math.sqrt(total)), d * d / (total * a), s * d / math.sqrt(total))

@@ -267,8 +267,8 @@ def test_numpy_operations_equal_the_reference(draws: int, channels: int, filter_
         INVERSE_SPREAD,
     )
     numpy_ops.reconstruction_error(*arguments, maps, scores)
-    tensors = (torch.from_numpy(np.array(array)) for array in (MU, INVERSE_SPREAD))
-    wanted = score.reconstruction_error(torch.from_numpy(images), torch.from_numpy(outputs), eps, *tensors, config, c)
+    mu, inverse_spread = (torch.from_numpy(np.array(array)) for array in (MU, INVERSE_SPREAD))
+    wanted = score.reconstruction_error(torch.from_numpy(images), torch.from_numpy(outputs), eps, mu, inverse_spread, config, c)
     # Seen 8.8e-7, and 3.5e-6 with the large filter, whose 3072 values PyTorch adds up in fp32; times 4.
     atol = 1.4e-5 if filter_size == 255 else 3.5e-6
     np.testing.assert_allclose(maps, wanted[1].numpy(), rtol=0, atol=atol * float(wanted[1].max()))

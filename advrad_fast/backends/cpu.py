@@ -13,9 +13,9 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
+from advrad_fast import _native as operations
 from advrad_fast import schedule
 from advrad_fast.backends import cache
-from advrad_fast.backends import numpy_ops as operations
 from advrad_fast.backends.base import (
     Array,
     BackendStatus,

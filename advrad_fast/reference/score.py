@@ -30,7 +30,9 @@ def scale_errors(x: Tensor, reconstruction: Tensor) -> Tensor:
 
 def mean_filter(maps: Tensor, size: int) -> Tensor:
     """The mean over the part of a size x size window that lies inside the image: (N, C, H, W) -> the same."""
-    return F.avg_pool2d(maps, size, stride=1, padding=size // 2, count_include_pad=False)
+    # Rows, then columns: the window inside the image is a rectangle, so the mean of means is the mean.
+    rows = F.avg_pool2d(maps, (size, 1), stride=1, padding=(size // 2, 0), count_include_pad=False)
+    return F.avg_pool2d(rows, (1, size), stride=1, padding=(0, size // 2), count_include_pad=False)
 
 
 def error_map(errors: Tensor, config: ScoreConfig) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from advrad_fast import calibrate
@@ -155,9 +156,13 @@ def fit(
         best = trials[0]
         _log.info("chose k=%d, %s: AUROC %.4f on synthetic defects", best.timestep, best.score, best.auroc)
         provenance = {**provenance, "selection_auroc": round(best.auroc, 5), "selection_separation": round(best.separation, 3)}
-    maps = fitting.normal_maps(fitting.scale_errors(net, split.train, config, first_id=1), config.score)
-    errors = fitting.scale_errors(net, split.calibration, config, first_id=200_000)
-    scores = np.sort(fitting.scores(errors, maps, config.score))
+
+    def error_maps(images: NDArray[np.uint8], first_id: int) -> Tensor:
+        smooth = fitting.filtered(fitting.scale_errors(net, images, config, first_id=first_id), config.score.filter_size)
+        return fitting.error_maps(smooth, config.score.scale_weights)
+
+    maps = fitting.normal_maps(error_maps(split.train, 1), config.score)
+    scores = np.sort(fitting.scores(error_maps(split.calibration, 200_000), maps))
     rate = max(false_alarm_rate, calibrate.attainable_rate(len(scores)))
     if rate > false_alarm_rate:
         _log.warning(
