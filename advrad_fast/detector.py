@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -115,14 +116,16 @@ class Detector:
 
     @threshold.setter
     def threshold(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float | np.floating) or not math.isfinite(value):
+        real = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
+        too_large = isinstance(value, int) and abs(value) > sys.float_info.max  # float() would overflow
+        if not real or too_large or not math.isfinite(value):
             raise ConfigError(expected("threshold", "a finite number", value))
         self._threshold = float(value)
 
     @property
     def false_alarm_rate(self) -> float:
         """The bound on the false-alarm rate at the present threshold: the p-value of a score just above it."""
-        above = np.nextafter(np.array([self._threshold]), np.inf)
+        above = np.nextafter(np.array([self._threshold]), sys.float_info.max)
         return float(calibrate.p_value(self._model.calibration_scores, above)[0])
 
     @false_alarm_rate.setter
@@ -162,7 +165,8 @@ class Detector:
             raise InferenceError(expected("score", "a finite number", score))
         anomaly_map = mask = None
         if result.maps is not None:
-            above = (result.maps[0] > threshold).astype(np.float32)
+            # In float64, as the score: rounded to float32, a threshold just below the maximum would leave the mask empty.
+            above = (result.maps[0].astype(np.float64) > threshold).astype(np.float32)
             anomaly_map = images.map_to_frame(result.maps[0], prepared)
             mask = images.map_to_frame(above, prepared) > 0.0  # any coverage: a small defect must not vanish
         return Inspection(

@@ -69,6 +69,10 @@ class InferenceError(AdvRADError, RuntimeError):
     """The engine failed or returned values that are not finite: the frame has no score."""
 
 
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 120  # a message must not carry the input, but say what came
+
+
 def expected(name: str, wanted: str, got: object) -> str:
     """The one sentence all messages use: what was named, what was wanted, what came."""
-    return f"{name}: expected {wanted}, got {reprlib.repr(got)}"
+    return f"{name}: expected {wanted}, got {_short.repr(got)}"

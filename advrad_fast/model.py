@@ -434,7 +434,8 @@ def _sorted_scores(value: object) -> NDArray[np.float64]:
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, float | int | np.floating):
         _refuse(name, "a finite number", value)
-    if not -sys.float_info.max <= value <= sys.float_info.max:  # also where float() would overflow
+    too_large = isinstance(value, int) and abs(value) > sys.float_info.max  # float() would overflow
+    if too_large or not math.isfinite(value):
         _refuse(name, "a finite number", value)
     return float(value)
 

@@ -48,7 +48,10 @@ def overlay(frame: object, inspection: Inspection) -> Image.Image:
     if inspection.anomaly_map is None or inspection.mask is None:
         return picture
     scale = FULL_SCALE * inspection.threshold
-    level = inspection.anomaly_map / scale if scale > 0 else (inspection.anomaly_map > inspection.threshold).astype(np.float32)
+    if scale > 1e-30:  # below that, as for a negative one, there is no scale in float32: all or nothing
+        level = inspection.anomaly_map / np.float32(scale)
+    else:
+        level = (inspection.anomaly_map > inspection.threshold).astype(np.float32)
     # The opacity grows with the level: quiet parts of the map leave the frame visible.
     alpha = (0.15 + 0.6 * np.clip(2.0 * level, 0.0, 1.0))[..., None]
     grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None]

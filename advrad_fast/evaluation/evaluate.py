@@ -42,7 +42,7 @@ class Evaluation:
             rows[str(kind)] = (
                 len(bad),
                 int((bad > self.figures["threshold"]).sum()),
-                metrics.auroc(labels[chosen], self.scores[chosen]),
+                metrics.auroc(labels[chosen], _finite(self.scores[chosen])),
             )
         return rows
 
@@ -65,7 +65,7 @@ def evaluate(
     Raises:
         DatasetError: the test set has no good or no defective images.
     """
-    labels = np.array([s.label for s in dataset.test])
+    labels = np.array([s.label for s in dataset.test], dtype=np.int64)
     if not (labels == 0).any() or not (labels == 1).any():
         raise DatasetError(
             f"{dataset.name}: the test set needs good and defective images, got {len(labels) - labels.sum()} and {labels.sum()}"
@@ -87,14 +87,14 @@ def evaluate(
         if on_sample is not None:
             on_sample(sample, result)
     values = np.array(scores, dtype=np.float64)
-    low, high = metrics.auroc_interval(labels, values)
-    f1, _ = metrics.f1_max(labels, values)
+    low, high = metrics.auroc_interval(labels, _finite(values))
+    f1, _ = metrics.f1_max(labels, _finite(values))
     has_masks = pixels and any(m.any() for m in masks)
     figures: dict[str, Any] = {
         "data": dataset.name,
         "n_good": int((labels == 0).sum()),
         "n_bad": int((labels == 1).sum()),
-        "image_auroc": metrics.auroc(labels, values),
+        "image_auroc": metrics.auroc(labels, _finite(values)),
         "image_auroc_interval": [low, high],
         "f1_max": f1,
         "pixel_auroc": metrics.pixel_auroc(masks, maps) if has_masks else None,
@@ -110,6 +110,11 @@ def evaluate(
         "p50_ms": float(np.median(milliseconds)),
     }
     return Evaluation(figures, list(dataset.test), values)
+
+
+def _finite(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """For the metrics, which go by rank: infinity as a number above all scores."""
+    return np.minimum(scores, np.finfo(np.float64).max)
 
 
 def table(evaluation: Evaluation) -> str:

@@ -112,7 +112,7 @@ def train(
             "images": len(paths),
             "data_sha256": split.data_hash,
             "advrad_fast": version("advrad-fast"),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # a subclass of str, which ModelFile refuses
             "numpy": np.__version__,
             "machine": platform.machine(),
             "minutes": round((time.monotonic() - start) / 60, 1),

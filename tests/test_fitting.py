@@ -1,0 +1,88 @@
+"""Choosing the settings and the normal maps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from parts import disc
+
+from advrad_fast import calibrate
+from advrad_fast.config import DetectorConfig, DiffusionConfig, ImageConfig, ScoreConfig, UNetConfig
+from advrad_fast.reference import score
+from advrad_fast.reference.unet import UNet
+from advrad_fast.training import fitting
+from advrad_fast.training.dataset import Split
+from advrad_fast.training.pipeline import fit
+
+UNET = UNetConfig(base_channels=8, channel_mult=(1, 2), norm_groups=4, prediction="x0")
+CONFIG = DetectorConfig(UNET, DiffusionConfig(timestep=50), ScoreConfig(), ImageConfig(32, 32))
+
+
+def normals(count: int) -> np.ndarray:
+    rng = np.random.default_rng(count)
+    return np.stack([disc(rng, 32) for _ in range(count)])
+
+
+def network() -> UNet:
+    torch.manual_seed(0)
+    return UNet(UNET).eval()  # its head is zero: it reconstructs grey, and errors are the image itself
+
+
+def test_filter_and_weights_commute() -> None:
+    """Weighting the filtered scales is the paper's order, filtering the weighted sum."""
+    errors = torch.rand((3, 4, 32, 24))
+    config = ScoreConfig((0.1, 0.2, 0.3, 0.4), 7)
+    got = fitting.error_maps(fitting.filtered(errors, 7), config.scale_weights)
+    torch.testing.assert_close(got, score.error_map(errors, config))
+
+
+def test_normal_maps_by_hand() -> None:
+    maps = torch.tensor([[[1.0, 4.0]], [[3.0, 4.0]]])
+    plain = fitting.normal_maps(maps, ScoreConfig())
+    assert plain.mu.tolist() == [[2.0, 4.0]]
+    assert plain.spread.tolist() == [[1.0, 1.0]]
+    spread = fitting.normal_maps(maps, ScoreConfig(spread=True)).spread
+    floor = fitting.SPREAD_FLOOR * 2**0.5 / 2  # the standard deviations are sqrt(2) and 0
+    assert spread[0].tolist() == pytest.approx([(2 + floor**2) ** 0.5, floor])
+
+
+def test_errors_depend_on_the_image_and_its_id_alone() -> None:
+    images = normals(4)
+    together = fitting.scale_errors(network(), images, CONFIG, first_id=5)
+    alone = fitting.scale_errors(network(), images[2:3], CONFIG, first_id=7)
+    assert torch.equal(together[2:3], alone)
+
+
+def test_selection_takes_the_best_trial() -> None:
+    config, trials = fitting.select(network(), normals(12), normals(10), CONFIG, timesteps=[50, 100])
+    assert len(trials) == 2 * len(fitting.FILTER_SIZES) * len(fitting.SCALE_WEIGHTS) * 2
+    assert trials[0].auroc == max(t.auroc for t in trials)
+    assert (config.diffusion.timestep, config.score) == (trials[0].timestep, trials[0].score)
+    assert trials[0].auroc > 0.7
+
+
+def test_threshold_holds_its_rate() -> None:
+    """With 19 calibration normals, 5 % is attainable and 1 % is raised to it."""
+    weights = network().state_dict()
+    split = Split(normals(12), normals(10), normals(19), "hash")
+    common = {"half": True, "seed": 0, "timesteps": [50], "provenance": {}}
+    plain = fit(weights, split, CONFIG, false_alarm_rate=0.05, chosen=lambda c: c, **common)  # type: ignore[arg-type]
+    assert plain.false_alarm_rate == 0.05
+    assert plain.threshold == plain.calibration_scores[-1]
+    strict = fit(weights, split, CONFIG, false_alarm_rate=0.01, chosen=lambda c: c, **common)  # type: ignore[arg-type]
+    assert strict.false_alarm_rate == calibrate.attainable_rate(19) == 0.05
+    loose = fit(weights, split, CONFIG, false_alarm_rate=0.5, chosen=lambda c: c, **common)  # type: ignore[arg-type]
+    assert (loose.calibration_scores > loose.threshold).mean() <= 0.5
+
+
+def test_half_precision_weights_are_what_was_calibrated() -> None:
+    weights = {name: w + 0.123456 for name, w in network().state_dict().items()}
+    split = Split(normals(4), normals(4), normals(4), "hash")
+    model = fit(
+        weights, split, CONFIG, false_alarm_rate=0.3, half=True, seed=0, timesteps=[50], provenance={}, chosen=dataclasses.replace
+    )
+    for name, array in model.weights.items():
+        assert np.array_equal(array, weights[name].half().float().numpy()), name
