@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 Weights = tuple[float, float, float, float]
 
 #: What is tried.  The first row of weights is the paper's.
-TIMESTEPS = (50, 100, 150, 200)
+TIMESTEPS = (25, 50, 100, 200)
 SCALE_WEIGHTS: tuple[Weights, ...] = (
     (0.25, 0.25, 0.25, 0.25),
     (1.0, 0.0, 0.0, 0.0),
@@ -36,7 +36,7 @@ SCALE_WEIGHTS: tuple[Weights, ...] = (
     (0.0, 0.0, 0.0, 1.0),
     (0.05, 0.1, 0.25, 0.6),
 )
-FILTER_SIZES = (3, 7, 11, 15, 21)
+FILTER_SIZES = (3, 7, 11, 15, 21, 31)
 DEFECTS_A_NORMAL = 4
 FITTED = 60  # training normals that a trial's maps are made of
 SPREAD_FLOOR = 0.5  # share of the spread's mean
