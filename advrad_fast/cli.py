@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from advrad_fast import __version__
-from advrad_fast.errors import AdvRADError
+from advrad_fast.errors import AdvRADError, ConfigError
 
 OK, FOUND, FAILED = 0, 1, 2
 
@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AdvRADError as error:
         _say(f"advrad-fast: {error}")
     except ModuleNotFoundError as error:
-        extra = options.extra or "train"
-        _say(f"advrad-fast: {error.name} is not installed; needed here: pip install 'advrad-fast[{extra}]'")
+        wanted = "advrad-fast[train]" if error.name in ("torch", "tqdm") else "advrad-fast"
+        _say(f"advrad-fast: {error.name} is not installed; needed here: pip install '{wanted}'")
     except OSError as error:
         _say(f"advrad-fast: {error}")
     except KeyboardInterrupt:
@@ -51,7 +51,6 @@ def _say(line: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="advrad-fast", description="Adversarially robust industrial anomaly detection.")
     parser.add_argument("--version", action="version", version=f"advrad-fast {__version__}")
-    parser.set_defaults(extra=None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -80,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, help="of the split, the weights, the batches and the noise")
     train.add_argument("--full-precision", action="store_true", help="store the weights in fp32 instead of fp16")
     train.add_argument("--note", help="a line to keep in the model file: a licence, an origin")
-    train.set_defaults(extra="train", verbose=True)
+    train.set_defaults(verbose=True)
 
     inspect = command("inspect", _inspect, "Inspect images: exit code 0 if all are OK, 1 if one is not, 2 on an error.")
     _model_options(inspect)
@@ -176,6 +175,8 @@ def _inspect(options: argparse.Namespace) -> int:
     from advrad_fast.images import list_images, load_image
     from advrad_fast.overlay import overlay
 
+    if options.json == options.csv == "-":
+        raise ConfigError("--json and --csv can't both be - : standard output is for one of them")
     paths = list_images(options.images)
     detector = _detector(options)
     if options.threshold is not None:

@@ -135,7 +135,7 @@ class UNetConfig(_Config):
     num_heads: int = 1
     norm_groups: int = 32
     patch: int = 4
-    prediction: Prediction = "edm"
+    prediction: Prediction = "x0"
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:

@@ -153,22 +153,23 @@ class Detector:
             InferenceError: the engine failed or returned something not finite.
         """
         start = time.perf_counter()
+        noise_seed = self._draw_seed(seed)
         try:
             prepared = images.prepare(frame, self._model.config.image)
         except PartNotFoundError as error:
             return self._failed(Outcome.ABSTAIN, error, start)
         prepare = _ms(start)
         threshold = self._threshold  # read once: another thread may set it
-        result = self._backend.score(prepared.image[None], seed=self._draw_seed(seed), want_maps=maps)
+        result = self._backend.score(prepared.image[None], seed=noise_seed, want_maps=maps)
         score = float(result.scores[0])
         if not math.isfinite(score):
             raise InferenceError(expected("score", "a finite number", score))
         anomaly_map = mask = None
         if result.maps is not None:
             # In float64, as the score: rounded to float32, a threshold just below the maximum would leave the mask empty.
-            above = (result.maps[0].astype(np.float64) > threshold).astype(np.float32)
+            above = result.maps[0].astype(np.float64) > threshold
             anomaly_map = images.map_to_frame(result.maps[0], prepared)
-            mask = images.map_to_frame(above, prepared) > 0.0  # any coverage: a small defect must not vanish
+            mask = images.mask_to_frame(above, prepared)
         return Inspection(
             outcome=Outcome.DEFECT if score > threshold else Outcome.OK,
             score=score,

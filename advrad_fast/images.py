@@ -193,6 +193,34 @@ def map_to_frame(values: NDArray[np.float32], prepared: Prepared) -> NDArray[np.
     return np.array(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
 
 
+def mask_to_frame(mask: NDArray[np.bool_], prepared: Prepared) -> NDArray[np.bool_]:
+    """A mask in the frame's coordinates: every frame pixel that a marked pixel touches, and at least one for each of them.
+
+    A marked pixel beyond the frame's edge (an aligned crop can reach over it) marks the nearest pixel inside: a defect
+    never loses its mask.
+
+    Args:
+        mask: bool (h, w), the size of ``prepared.image``.
+        prepared: what the mask was computed from.
+
+    Returns:
+        bool ``prepared.frame_shape``.
+    """
+    marked = map_to_frame(mask.astype(np.float32), prepared) > 0.0
+    if mask.shape == marked.shape and prepared.affine is None:
+        return marked
+    height, width = prepared.frame_shape
+    y, x = np.nonzero(mask)
+    if prepared.affine is not None:
+        x, y = prepared.affine[:, :2] @ np.stack([x, y]) + prepared.affine[:, 2:]
+    else:
+        x, y = (x + 0.5) * width / mask.shape[1] - 0.5, (y + 0.5) * height / mask.shape[0] - 0.5
+    rows = np.clip(np.rint(y).astype(int), 0, height - 1)
+    columns = np.clip(np.rint(x).astype(int), 0, width - 1)
+    marked[rows, columns] = True
+    return marked
+
+
 def list_images(paths: StrPath | Iterable[StrPath]) -> list[Path]:
     """The image files that paths stand for, in the order given, sorted within each, each file once.
 

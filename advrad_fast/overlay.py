@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from advrad_fast.detector import Inspection
+from advrad_fast.errors import ImageError, expected
 from advrad_fast.images import check_frame
 
 # Anchors of the scale: (share of full scale, red, green, blue).  The threshold stands at one half: below it the map is
@@ -41,12 +42,14 @@ def overlay(frame: object, inspection: Inspection) -> Image.Image:
     plain frame.
 
     Raises:
-        ImageError: the frame breaks the input contract.
+        ImageError: the frame breaks the input contract, or is not the one that was inspected.
     """
     pixels = check_frame(frame)
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
     if inspection.anomaly_map is None or inspection.mask is None:
         return picture
+    if inspection.anomaly_map.shape != pixels.shape[:2]:
+        raise ImageError(expected("frame", f"the inspected frame, of size {inspection.anomaly_map.shape}", pixels.shape[:2]))
     scale = FULL_SCALE * inspection.threshold
     if scale > 1e-30:  # below that, as for a negative one, there is no scale in float32: all or nothing
         level = inspection.anomaly_map / np.float32(scale)

@@ -17,12 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from advrad_fast import backends, graph
-from advrad_fast.backends import base, cache, numpy_ops
+from advrad_fast.backends import base, cache
 from advrad_fast.backends.cpu import CpuBackend
 from advrad_fast.backends.reference import ReferenceBackend
 from advrad_fast.config import DetectorConfig, DiffusionConfig, ImageConfig, ScoreConfig, UNetConfig
 from advrad_fast.errors import BackendUnavailableError, ConfigError, ImageError, InferenceError, ModelFileError
-from advrad_fast.reference import diffusion, score
 
 HEIGHT, WIDTH = 48, 64
 CONFIG = DetectorConfig(
@@ -228,54 +227,6 @@ def test_reference_leaves_the_random_state_and_the_caller_s_arrays_alone() -> No
         array.fill(np.nan)
     assert same(before, backend.score(frames(), seed=0, want_maps=False))
     assert torch.equal(state, torch.get_rng_state())
-
-
-# The operations
-
-
-@pytest.mark.parametrize("draws", [1, 3])
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("filter_size", [1, 7, 255])
-def test_numpy_operations_equal_the_reference(draws: int, channels: int, filter_size: int) -> None:
-    rng = np.random.default_rng(0)
-    images = frames()[..., :channels].copy()
-    config = ScoreConfig(scale_weights=(0.1, 0.0, 0.7, 2.0), filter_size=filter_size)
-    detector = DetectorConfig(UNetConfig(in_channels=channels), image=ImageConfig(HEIGHT, WIDTH, channels))
-    c = diffusion.coefficients_at(detector)
-    shape = (channels, HEIGHT, WIDTH)
-    outputs = rng.standard_normal((len(images) * draws, *shape)).astype(np.float32)
-    x = np.empty_like(outputs)
-    numpy_ops.noise(images, draws, 9, c.signal, c.noise, c.input_scale, x)
-    # The backends give every image the same noise: image_id 0.
-    eps = diffusion.draw_noise(shape, seed=9, draws=draws, image_ids=[0] * len(images))
-    wanted_x = diffusion.noise(torch.from_numpy(images), eps, c)
-    np.testing.assert_allclose(x, wanted_x.numpy(), rtol=0, atol=5e-7)  # seen: no difference
-
-    scores, maps = np.empty(len(images), np.float32), np.empty((len(images), HEIGHT, WIDTH), np.float32)
-    arguments = (
-        images,
-        outputs,
-        draws,
-        9,
-        c.signal,
-        c.noise,
-        c.skip,
-        c.out,
-        config.scale_weights,
-        filter_size,
-        MU,
-        INVERSE_SPREAD,
-    )
-    numpy_ops.reconstruction_error(*arguments, maps, scores)
-    mu, inverse_spread = (torch.from_numpy(np.array(array)) for array in (MU, INVERSE_SPREAD))
-    wanted = score.reconstruction_error(torch.from_numpy(images), torch.from_numpy(outputs), eps, mu, inverse_spread, config, c)
-    # Seen 8.8e-7, and 3.5e-6 with the large filter, whose 3072 values PyTorch adds up in fp32; times 4.
-    atol = 1.4e-5 if filter_size == 255 else 3.5e-6
-    np.testing.assert_allclose(maps, wanted[1].numpy(), rtol=0, atol=atol * float(wanted[1].max()))
-    np.testing.assert_array_equal(scores, maps.max(axis=(1, 2)))
-    alone = np.empty(len(images), np.float32)
-    numpy_ops.reconstruction_error(*arguments, None, alone)
-    np.testing.assert_array_equal(alone, scores)
 
 
 # The cache

@@ -15,7 +15,7 @@ from PIL import Image
 
 from advrad_fast.config import ImageConfig
 from advrad_fast.errors import ImageError, ImageTooLargeError, PartNotFoundError
-from advrad_fast.images import Prepared, check_frame, map_to_frame, prepare
+from advrad_fast.images import Prepared, check_frame, map_to_frame, mask_to_frame, prepare
 
 # check_frame: what is accepted
 
@@ -261,3 +261,26 @@ def test_maps_of_another_shape_or_type_are_refused(values: Any) -> None:
     prepared = Prepared(np.zeros((16, 24, 1), np.uint8), (16, 24), None)
     with pytest.raises(ImageError, match="values: expected a float32 array"):
         map_to_frame(values, prepared)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (50, 30), (64, 64), (200, 300)])
+def test_masks_keep_every_defect(shape: tuple[int, int]) -> None:
+    """One marked pixel marks the frame around its place, however coarse the frame is."""
+    prepared = prepare(np.zeros((*shape, 3), np.uint8), ImageConfig(64, 64))
+    for y, x in ((0, 0), (63, 63), (17, 40)):
+        mask = np.zeros((64, 64), dtype=bool)
+        mask[y, x] = True
+        marked = np.argwhere(mask_to_frame(mask, prepared))
+        wanted = (np.array([y, x]) + 0.5) * shape / np.array([64, 64]) - 0.5
+        assert len(marked) > 0
+        assert np.abs(marked - wanted).max() <= max(1.5, 1.5 * max(shape) / 64)
+
+
+def test_masks_of_a_crop_that_reaches_over_the_edge() -> None:
+    affine = np.array([[0.0, -2.0, 3.0], [2.0, 0.0, -9.0]])  # turned by a right angle, twice as coarse, partly outside
+    prepared = Prepared(np.zeros((64, 64, 1), np.uint8), (32, 32), affine)
+    for y, x in ((0, 0), (5, 9), (63, 63)):
+        mask = np.zeros((64, 64), dtype=bool)
+        mask[y, x] = True
+        assert mask_to_frame(mask, prepared).any()
+    assert not mask_to_frame(np.zeros((64, 64), dtype=bool), prepared).any()
