@@ -103,10 +103,10 @@ def run(out: Path, *, limit: int | None = None, backend: str = "auto") -> int:
 
     def note(sample: Sample, result: Inspection) -> None:
         results.append(result)
-        sys.stderr.write(f"\r{len(results)}/{len(test)} cells")
+        if sys.stderr.isatty() or len(results) % 100 == 0 or len(results) == len(test):
+            sys.stderr.write(f"\r{len(results)}/{len(test)} cells" + ("" if sys.stderr.isatty() else "\n"))
 
     evaluation = evaluate(detector, Dataset("elpv-mono", found.train, test), pixels=False, on_sample=note)
-    sys.stderr.write("\n")
     out.mkdir(parents=True, exist_ok=True)
     shown = _choose(evaluation)
     pictures = []
