@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import platform
-import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -74,7 +73,7 @@ def train(
     Raises:
         DatasetError, ImageError, ConfigError, TrainingError: as their names say; nothing is written at ``out``.
     """
-    out, start = Path(out), time.monotonic()
+    out = Path(out)
     chosen = preset(preset_name)
     train_settings = replace(chosen.settings, **(settings or {}))
     rank, world_size = distributed()
@@ -115,7 +114,6 @@ def train(
             "torch": str(torch.__version__),  # a subclass of str, which ModelFile refuses
             "numpy": np.__version__,
             "machine": platform.machine(),
-            "minutes": round((time.monotonic() - start) / 60, 1),
             **({"note": note} if note else {}),
         },
     )
@@ -155,7 +153,7 @@ def fit(
         config, trials = fitting.select(net, split.train, split.selection, config, timesteps=timesteps, seed=seed)
         best = trials[0]
         _log.info("chose k=%d, %s: AUROC %.4f on synthetic defects", best.timestep, best.score, best.auroc)
-        provenance = {**provenance, "selection_auroc": round(best.auroc, 5), "selection_separation": round(best.separation, 3)}
+        provenance = {**provenance, "selection_auroc": round(best.auroc, 5)}
 
     def error_maps(images: NDArray[np.uint8], first_id: int) -> Tensor:
         smooth = fitting.filtered(fitting.scale_errors(net, images, config, first_id=first_id), config.score.filter_size)

@@ -20,7 +20,7 @@ _Float = NDArray[np.float32]
 _Kind = Callable[[_Float, tuple[float, float], NDArray[np.uint8], np.random.Generator], tuple[_Float, _Float]]
 
 #: A defect must change its darkest or brightest pixels by this many grey levels, or it is drawn again.
-_VISIBLE = 12.0
+_VISIBLE = 20.0
 _TRIES = 50
 
 
@@ -40,6 +40,23 @@ def synthetic_defects(images: NDArray[np.uint8], count: int, seed: int) -> NDArr
     kinds: tuple[_Kind, ...] = (_piece, _scratch, _blotch)
     where = _structure(images)
     return np.stack([_make(images, where, kinds[i % len(kinds)], rng) for i in range(count)])
+
+
+def benign_changes(images: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+    """Each image in slightly other light, still a good part: a gain and a slope of up to 5 % each, from edge to edge.
+
+    Args:
+        images: uint8 (N, H, W, C).
+
+    Returns:
+        uint8 (N, H, W, C).
+    """
+    rng = np.random.default_rng(seed)
+    n, h, w = images.shape[:3]
+    gain, slope_y, slope_x = rng.uniform(-0.05, 0.05, (3, n, 1, 1))
+    light = 1.0 + gain + slope_y * np.linspace(-0.5, 0.5, h)[:, None] + slope_x * np.linspace(-0.5, 0.5, w)
+    changed: NDArray[np.uint8] = np.clip(np.rint(images * light[..., None]), 0, 255).astype(np.uint8)
+    return changed
 
 
 def _structure(images: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -95,13 +112,13 @@ def _piece(
         other = other[::-1]
     if rng.random() < 0.5:
         other = other[:, ::-1]
-    return other, _blob(image.shape, centre, rng, 0.02, 0.12)
+    return other, _blob(image.shape, centre, rng, 0.03, 0.15)
 
 
 def _scratch(
     image: _Float, centre: tuple[float, float], images: NDArray[np.uint8], rng: np.random.Generator
 ) -> tuple[_Float, _Float]:
-    """A bent line, 1 to 4 pixels wide, darker or brighter."""
+    """A bent line, 1 to 5 pixels wide, darker or brighter."""
     del images
     h, w = image.shape[:2]
     y, x = np.mgrid[:h, :w].astype(np.float32)
@@ -111,7 +128,7 @@ def _scratch(
     for i in range(1, len(points)):
         angle += rng.normal(0, 0.15)
         points[i] = points[i - 1] + step * np.array([np.sin(angle), np.cos(angle)])
-    width = rng.uniform(0.5, 2.0)
+    width = rng.uniform(0.7, 2.5)
     distance = np.full((h, w), np.inf, dtype=np.float32)
     for py, px in points:
         distance = np.minimum(distance, (y - py) ** 2 + (x - px) ** 2)
@@ -124,9 +141,9 @@ def _blotch(
 ) -> tuple[_Float, _Float]:
     """A region darker or brighter, its texture kept."""
     del images
-    return image + _shift(rng), _blob(image.shape, centre, rng, 0.015, 0.1)
+    return image + _shift(rng), _blob(image.shape, centre, rng, 0.025, 0.12)
 
 
 def _shift(rng: np.random.Generator) -> float:
-    """A brightness change of 12 to 90 grey levels, small ones more often."""
-    return float(np.exp(rng.uniform(np.log(12), np.log(90))) * rng.choice([-1, 1]))
+    """A brightness change of 20 to 110 grey levels, small ones more often."""
+    return float(np.exp(rng.uniform(np.log(20), np.log(110))) * rng.choice([-1, 1]))
