@@ -248,6 +248,14 @@ def test_model_file_tells_where_it_came_from(trained: tuple[Path, Path]) -> None
     assert model.false_alarm_rate == pytest.approx(max(0.05, 1 / (1 + len(model.calibration_scores))))
 
 
+def test_what_would_fail_at_the_end_fails_at_the_start(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "data")
+    with pytest.raises(TrainingError, match="folder does not exist"):
+        train(data, tmp_path / "nowhere" / "model.safetensors")
+    with pytest.raises(ConfigError, match="false_alarm_rate"):
+        train(data, tmp_path / "model.safetensors", false_alarm_rate=1.5)
+
+
 def test_training_needs_good_images(tmp_path: Path) -> None:
     with pytest.raises(DatasetError):
         train(tmp_path, tmp_path / "model.safetensors")

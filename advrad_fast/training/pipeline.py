@@ -16,12 +16,13 @@ from torch import Tensor
 
 from advrad_fast import calibrate
 from advrad_fast.config import DetectorConfig, DiffusionConfig, ImageConfig, ScoreConfig, UNetConfig
+from advrad_fast.errors import TrainingError
 from advrad_fast.evaluation.datasets import load_dataset
 from advrad_fast.model import ModelFile, Scalar, round_to_half
 from advrad_fast.reference.unet import UNet
 from advrad_fast.training import fitting
 from advrad_fast.training.dataset import Align, Split, image_config, load_samples, load_split
-from advrad_fast.training.settings import Preset, preset, replace
+from advrad_fast.training.settings import Preset, TrainSettings, preset, replace
 from advrad_fast.training.trainer import Trainer, distributed
 
 _log = logging.getLogger(__name__)
@@ -76,6 +77,10 @@ def train(
     out = Path(out)
     chosen = preset(preset_name)
     train_settings = replace(chosen.settings, **(settings or {}))
+    # What would fail at the end fails now.
+    if not out.absolute().parent.is_dir():
+        raise TrainingError(f"{out}: its folder does not exist")
+    calibrate.normals_needed(false_alarm_rate)
     rank, world_size = distributed()
     paths = load_dataset(Path(data)).train
     samples = load_samples(paths)
@@ -95,6 +100,8 @@ def train(
     checkpoint = out.with_name(out.name + ".checkpoint")
     trainer = Trainer(split.train, unet, diffusion, train_settings, checkpoint=checkpoint, rank=rank, world_size=world_size)
     weights = trainer.run(progress=progress)
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
     if rank > 0:
         return None
     model = fit(
@@ -104,7 +111,7 @@ def train(
         false_alarm_rate=false_alarm_rate,
         half=half,
         seed=train_settings.seed,
-        timesteps=[k for k in fitting.TIMESTEPS if train_settings.timestep_low <= k <= train_settings.timestep_high],
+        timesteps=_timesteps(train_settings),
         provenance={
             "preset": preset_name,
             "settings": str(train_settings.to_json()),
@@ -176,6 +183,12 @@ def fit(
         threshold=calibrate.conformal_threshold(scores, rate),
         provenance=dict(provenance),
     )
+
+
+def _timesteps(settings: TrainSettings) -> list[int]:
+    """The candidates for k that were trained on."""
+    low, high = settings.timestep_low, settings.timestep_high
+    return [k for k in fitting.TIMESTEPS if low <= k <= high] or [(low + high) // 2]
 
 
 def _network(
