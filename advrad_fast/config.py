@@ -117,7 +117,9 @@ class UNetConfig(_Config):
         attention_resolutions: downsampling factors, counted from the image, at which self-attention stands
             (ADM's convention): 32 means the 8 x 8 maps of a 256 px image.
         num_heads: attention heads.
-        norm_groups: groups of every GroupNorm.
+        norm_groups: groups of every GroupNorm; 0 for a network without normalisation, whose residual blocks are
+            ``x + conv2(silu(scale * conv1(x) + shift))`` (as EDSR's, arXiv 1707.02921): at a fixed timestep nothing but
+            convolutions, activations and sums is left of it.
         patch: the image is folded into ``patch**2`` times the channels at ``1/patch`` of the size before the
             first convolution (pixel-unshuffle) and unfolded after the last (pixel-shuffle).
         prediction: what the network's output stands for: the noise (``eps``, the paper's), the image (``x0``),
@@ -148,7 +150,7 @@ class UNetConfig(_Config):
         for mult in self.channel_mult:
             _integer("channel_mult", mult, 1, _MAX_CHANNELS // self.base_channels)
         _integer("num_res_blocks", self.num_res_blocks, 1, 8)
-        _integer("norm_groups", self.norm_groups, 1, _MAX_CHANNELS)
+        _integer("norm_groups", self.norm_groups, 0, _MAX_CHANNELS)
         _integer("num_heads", self.num_heads, 1, 64)
         if self.patch not in (1, 2, 4, 8, 16):
             raise ConfigError(expected("patch", "1, 2, 4, 8 or 16", self.patch))
@@ -159,8 +161,8 @@ class UNetConfig(_Config):
             if factor not in factors:
                 raise ConfigError(expected("attention_resolutions", f"factors out of {factors}", factor))
         for channels in self.level_channels:
-            if channels % self.norm_groups:
-                raise ConfigError(expected("norm_groups", f"a divisor of every level's width {channels}", self.norm_groups))
+            if self.norm_groups and channels % self.norm_groups:
+                raise ConfigError(expected("norm_groups", f"0 or a divisor of every level's width {channels}", self.norm_groups))
         if self.attention_resolutions and any(c % self.num_heads for c in self.level_channels):
             raise ConfigError(expected("num_heads", "a divisor of every level's width", self.num_heads))
 

@@ -1,7 +1,8 @@
 """The UNet of :mod:`advrad_fast.reference.unet` as an ONNX graph, built from a config and tensors (onnx and NumPy, no torch).
 
 The timestep is fixed, so the time embedding and every block's scale-shift are computed here and folded into the second
-GroupNorm's affine map: the graph has one input and no trace of the timestep.  onnx is imported when a graph is built, not before.
+GroupNorm's affine map, or into the first convolution where there is no norm: the graph has one input and no trace of the
+timestep.  onnx is imported when a graph is built, not before.
 """
 
 from __future__ import annotations
@@ -42,30 +43,31 @@ def _linear(name: str, features_out: int, features_in: int) -> Iterator[tuple[st
     yield f"{name}.bias", (features_out,)
 
 
-def _norm(name: str, channels: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.weight", (channels,)
-    yield f"{name}.bias", (channels,)
+def _norm(name: str, channels: int, groups: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if groups:
+        yield f"{name}.weight", (channels,)
+        yield f"{name}.bias", (channels,)
 
 
-def _block(name: str, channels_in: int, channels_out: int, embedding: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield from _norm(f"{name}.norm1", channels_in)
+def _block(name: str, channels_in: int, channels_out: int, embedding: int, groups: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from _norm(f"{name}.norm1", channels_in, groups)
     yield from _convolution(f"{name}.conv1", channels_out, channels_in, 3)
     yield from _linear(f"{name}.embedding", 2 * channels_out, embedding)
-    yield from _norm(f"{name}.norm2", channels_out)
+    yield from _norm(f"{name}.norm2", channels_out, groups)
     yield from _convolution(f"{name}.conv2", channels_out, channels_out, 3)
     if channels_in != channels_out:
         yield from _convolution(f"{name}.skip", channels_out, channels_in, 1)
 
 
 def _tensors(config: UNetConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    widths, base = config.level_channels, config.base_channels
+    widths, base, groups = config.level_channels, config.base_channels, config.norm_groups
     folded, embedding = config.in_channels * config.patch**2, 4 * base
     attended = [config.patch << level in config.attention_resolutions for level in range(config.levels)]
 
     def stage(name: str, level: int, channels_in: int, channels_out: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield from _block(f"{name}.block", channels_in, channels_out, embedding)
+        yield from _block(f"{name}.block", channels_in, channels_out, embedding, groups)
         if attended[level]:
-            yield from _norm(f"{name}.attention.norm", channels_out)
+            yield from _norm(f"{name}.attention.norm", channels_out, groups)
             yield from _convolution(f"{name}.attention.qkv", 3 * channels_out, channels_out, 1)
             yield from _convolution(f"{name}.attention.out", channels_out, channels_out, 1)
 
@@ -82,7 +84,7 @@ def _tensors(config: UNetConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield from _convolution(f"downsample.{level}", width, width, 3)
             skips.append(width)
     yield from stage("middle1", config.levels - 1, width, width)
-    yield from _block("middle2", width, width, embedding)
+    yield from _block("middle2", width, width, embedding, groups)
     index = 0
     for level in reversed(range(config.levels)):
         for _ in range(config.num_res_blocks + 1):
@@ -90,7 +92,7 @@ def _tensors(config: UNetConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
             width, index = widths[level], index + 1
         if level > 0:
             yield from _convolution(f"upsample.{config.levels - 1 - level}", width, width, 3)
-    yield from _norm("norm", width)
+    yield from _norm("norm", width, groups)
     yield from _convolution("head", folded, width, 3)
 
 
@@ -220,8 +222,14 @@ class _Graph:
     def block(self, x: str, name: str) -> str:
         weight, bias = self.weights[f"{name}.embedding.weight"].astype(np.float64), self.weights[f"{name}.embedding.bias"]
         scale, shift = np.split(weight @ self.embedding + bias, 2)
-        h = self.convolution(self.silu(self.group_norm(x, f"{name}.norm1")), f"{name}.conv1")
-        h = self.convolution(self.silu(self.group_norm(h, f"{name}.norm2", 1.0 + scale, shift)), f"{name}.conv2")
+        if self.config.norm_groups:
+            h = self.convolution(self.silu(self.group_norm(x, f"{name}.norm1")), f"{name}.conv1")
+            h = self.group_norm(h, f"{name}.norm2", 1.0 + scale, shift)
+        else:
+            gain, conv = 1.0 + scale, f"{name}.conv1"
+            kernel = self.weights[f"{conv}.weight"] * gain[:, None, None, None]
+            h = self.convolution(x, conv, kernel, self.weights[f"{conv}.bias"] * gain + shift)
+        h = self.convolution(self.silu(h), f"{name}.conv2")
         skip = self.convolution(x, f"{name}.skip") if f"{name}.skip.weight" in self.weights else x
         return self.node("Add", [skip, h], name)
 
@@ -231,7 +239,8 @@ class _Graph:
         scale = np.ones(3 * channels)
         scale[:channels] /= math.sqrt(channels // heads)
         weight, bias = self.weights[f"{name}.qkv.weight"], self.weights[f"{name}.qkv.bias"]
-        h = self.convolution(self.group_norm(x, f"{name}.norm"), f"{name}.qkv", weight * scale[:, None, None, None], bias * scale)
+        normed = self.group_norm(x, f"{name}.norm") if self.config.norm_groups else x
+        h = self.convolution(normed, f"{name}.qkv", weight * scale[:, None, None, None], bias * scale)
         h = self.node("Reshape", [h, self.integers(n, 3 * heads, channels // heads, height * width)], f"{name}.heads")
         parts = [f"{name}.{part}" for part in ("q", "k", "v")]
         self.nodes.append(
@@ -278,7 +287,8 @@ class _Graph:
                 h, index = self.stage(h, f"up.{index}", level), index + 1
             if level > 0:
                 h = self.doubled(h, f"upsample.{config.levels - 1 - level}")
-        h = self.silu(self.group_norm(h, "norm"))
+        if config.norm_groups:
+            h = self.silu(self.group_norm(h, "norm"))
         if config.patch == 1:
             self.convolution(h, "head", output="output")
         else:  # CRD is pixel_shuffle's channel order

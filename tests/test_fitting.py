@@ -57,7 +57,7 @@ def test_errors_depend_on_the_image_and_its_id_alone() -> None:
 
 
 def test_selection_takes_the_most_noise_within_a_standard_error_of_the_best() -> None:
-    config, trials = fitting.select(network(), normals(12), normals(10), CONFIG, timesteps=[50, 100])
+    config, trials = fitting.select(lambda config: network(), normals(12), normals(10), CONFIG, timesteps=[50, 100])
     assert len(trials) == 2 * len(fitting.FILTER_SIZES) * len(fitting.SCALE_WEIGHTS) * 2
     best = max(trials, key=lambda t: t.auroc)
     within = [t for t in trials if t.auroc >= best.low]

@@ -21,6 +21,8 @@ from advrad_fast.config import DiffusionConfig, UNetConfig
 from advrad_fast.errors import ConfigError, DatasetError, TrainingError
 from advrad_fast.evaluation.datasets import load_dataset
 from advrad_fast.evaluation.evaluate import evaluate
+from advrad_fast.reference.unet import UNet
+from advrad_fast.training.batchnorm import fold
 from advrad_fast.training.dataset import image_config, load_split
 from advrad_fast.training.pipeline import train
 from advrad_fast.training.settings import TrainSettings, preset
@@ -28,6 +30,8 @@ from advrad_fast.training.synthetic import benign_changes, synthetic_defects
 from advrad_fast.training.trainer import Trainer
 
 UNET = UNetConfig(base_channels=8, channel_mult=(1, 2), norm_groups=4, prediction="x0")
+PLAIN = dataclasses.replace(UNET, norm_groups=0)  # trained with batch normalisation
+BOTH = pytest.mark.parametrize("unet", [UNET, PLAIN], ids=["group norm", "no norm"])
 SETTINGS = TrainSettings(steps=8, batch_size=4, warmup=2, checkpoint_every=2, precision="fp32", flip_horizontal=True, shift=2)
 
 
@@ -36,15 +40,21 @@ def images(count: int = 10, size: int = 32) -> np.ndarray:
     return np.stack([disc(rng, size) for _ in range(count)])
 
 
-def trainer(checkpoint: Path | None = None, settings: TrainSettings = SETTINGS, data: np.ndarray | None = None) -> Trainer:
-    return Trainer(images() if data is None else data, UNET, DiffusionConfig(), settings, checkpoint=checkpoint, device="cpu")
+def trainer(
+    checkpoint: Path | None = None,
+    settings: TrainSettings = SETTINGS,
+    data: np.ndarray | None = None,
+    unet: UNetConfig = UNET,
+) -> Trainer:
+    return Trainer(images() if data is None else data, unet, DiffusionConfig(), settings, checkpoint=checkpoint, device="cpu")
 
 
-def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
-    whole = trainer().run(progress=False)
+@BOTH
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, unet: UNetConfig) -> None:
+    whole = trainer(unet=unet).run(progress=False)
     path = tmp_path / "checkpoint"
-    trainer(path).run(progress=False, until=3)
-    resumed = trainer(path)
+    trainer(path, unet=unet).run(progress=False, until=3)
+    resumed = trainer(path, unet=unet)
     assert resumed.step == 3
     for name, weight in resumed.run(progress=False).items():
         assert torch.equal(weight, whole[name]), name
@@ -58,9 +68,10 @@ from test_training import *
 from advrad_fast.training.trainer import distributed
 torch.set_num_threads(1)
 rank, world_size = distributed()
-settings = dataclasses.replace(SETTINGS, steps=int(sys.argv[2])) if len(sys.argv) > 2 else SETTINGS
+settings = dataclasses.replace(SETTINGS, steps=int(sys.argv[2]))
+unet = dataclasses.replace(UNET, norm_groups=int(sys.argv[3]))
 options = {{"checkpoint": Path(sys.argv[1]), "device": "cpu", "rank": rank, "world_size": world_size}}
-t = Trainer(images(), UNET, DiffusionConfig(), settings, **options)
+t = Trainer(images(), unet, DiffusionConfig(), settings, **options)
 t.run(progress=False)
 if world_size > 1:
     torch.distributed.destroy_process_group()
@@ -77,7 +88,7 @@ def script(tmp_path: Path) -> Path:
 def test_killed_run_goes_on(script: Path, tmp_path: Path) -> None:
     """kill -9 loses at most the steps since the last checkpoint, and nothing in the end."""
     path, steps = tmp_path / "checkpoint", 60
-    process = subprocess.Popen([sys.executable, str(script), str(path), str(steps)])
+    process = subprocess.Popen([sys.executable, str(script), str(path), str(steps), "4"])
     deadline = time.monotonic() + 120
     while not path.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -93,7 +104,7 @@ def test_killed_run_goes_on(script: Path, tmp_path: Path) -> None:
 
 def test_sigterm_checkpoints_and_stops(script: Path, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
-    process = subprocess.Popen([sys.executable, str(script), str(path), "100000"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, str(script), str(path), "100000", "4"], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not path.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -104,20 +115,22 @@ def test_sigterm_checkpoints_and_stops(script: Path, tmp_path: Path) -> None:
     assert trainer(path, dataclasses.replace(SETTINGS, steps=100_000)).step > 0
 
 
-def test_two_processes_equal_one(script: Path, tmp_path: Path) -> None:
+@BOTH
+def test_two_processes_equal_one(script: Path, tmp_path: Path, unet: UNetConfig) -> None:
     """torchrun with two gloo processes, half the batch each, against one process with the whole batch."""
     path = tmp_path / "checkpoint"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(script), str(path), "8", str(unet.norm_groups)]
     environment = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", PYTHONWARNINGS="ignore")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    single = trainer()
+    single = trainer(unet=unet)
     single.run(progress=False)
     both = load_file(path)
     worst = max(float((both[f"net.{n}"] - p.detach()).abs().max()) for n, p in single.net.named_parameters())
-    moved = max(float((both[f"net.{n}"] - p.detach()).abs().max()) for n, p in trainer().net.named_parameters())
-    # Gradients are summed in another order: worst seen 4.9e-7, where weights moved by 6.0e-3; factor 10.
-    assert worst < 5e-6 < moved / 100
+    moved = max(float((both[f"net.{n}"] - p.detach()).abs().max()) for n, p in trainer(unet=unet).net.named_parameters())
+    # Sums are in another order: worst seen 4.9e-7, without norm 1.6e-6, where weights moved by 6.0e-3; factor 6.
+    assert worst < 1e-5 < moved / 100
 
 
 def test_every_image_is_seen_equally_often() -> None:
@@ -213,6 +226,28 @@ def test_split_is_disjoint_complete_and_repeatable(tmp_path: Path) -> None:
     assert len(split.calibration) >= 3
     with pytest.raises(DatasetError, match="at least 10"):
         load_split(paths[:9], config, seed=3)
+
+
+def test_a_batch_of_a_network_without_norm_has_one_timestep() -> None:
+    plain, grouped = trainer(unet=PLAIN), trainer()
+    assert all(len(plain.batch(step)[1].unique()) == 1 for step in range(5))
+    assert len({int(plain.batch(step)[1][0]) for step in range(20)}) > 10
+    assert any(len(grouped.batch(step)[1].unique()) > 1 for step in range(5))
+
+
+@BOTH
+def test_folding_changes_nothing_for_the_batch_it_was_made_with(unet: UNetConfig) -> None:
+    t = trainer(settings=dataclasses.replace(SETTINGS, learning_rate=1e-2), unet=unet)
+    t.run(progress=False)
+    x, timesteps, _ = t.batch(100)
+    timesteps = torch.full_like(timesteps, 70)
+    plain = fold(t.net, x, timesteps)
+    assert type(plain) is UNet and not plain.training
+    with torch.no_grad():
+        trained, folded, alone = t.net(x, timesteps), plain(x, timesteps), plain(x[:1], timesteps[:1])
+    assert trained.std() > 0.01
+    torch.testing.assert_close(folded, trained, rtol=1e-5, atol=1e-5 * float(trained.abs().max()))
+    torch.testing.assert_close(alone, folded[:1], rtol=1e-5, atol=1e-5 * float(trained.abs().max()))
 
 
 @pytest.fixture(scope="module")

@@ -19,22 +19,31 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim - 2 * half))
 
 
+def group_norm(groups: int, channels: int) -> nn.Module:
+    """GroupNorm, or nothing where ``groups`` is 0."""
+    return nn.GroupNorm(groups, channels) if groups else nn.Identity()
+
+
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, convolution; GroupNorm modulated by the timestep (scale-shift), SiLU, convolution; skip."""
+    """GroupNorm, SiLU, convolution; GroupNorm modulated by the timestep (scale-shift), SiLU, convolution; skip.
+
+    Without normalisation: convolution, scale-shift, SiLU, convolution; skip.
+    """
 
     def __init__(self, channels_in: int, channels_out: int, embedding: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, channels_in)
+        self.normalised = groups > 0
+        self.norm1 = group_norm(groups, channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.embedding = nn.Linear(embedding, 2 * channels_out)
-        self.norm2 = nn.GroupNorm(groups, channels_out)
+        self.norm2 = group_norm(groups, channels_out)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.skip = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x)) if self.normalised else x)
         scale, shift = self.embedding(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
         return self.skip(x) + h  # type: ignore[no-any-return]
@@ -46,7 +55,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, heads: int, groups: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(groups, channels)
+        self.norm = group_norm(groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.out.weight)
@@ -114,7 +123,7 @@ class UNet(nn.Module):
             if level > 0:
                 self.upsample.append(nn.Conv2d(width, width, 3, padding=1))
 
-        self.norm = nn.GroupNorm(config.norm_groups, width)
+        self.norm = group_norm(config.norm_groups, width)
         self.head = nn.Conv2d(width, folded, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
@@ -148,5 +157,5 @@ class UNet(nn.Module):
                 h = next(up)(torch.cat([h, skips.pop()], dim=1), embedding)
             if i < config.levels - 1:
                 h = self.upsample[i](F.interpolate(h, scale_factor=2.0, mode="nearest"))
-        h = self.head(F.silu(self.norm(h)))
+        h = self.head(F.silu(self.norm(h)) if config.norm_groups else h)
         return F.pixel_shuffle(h, config.patch) if config.patch > 1 else h

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from advrad_fast.config import DetectorConfig, ScoreConfig
 from advrad_fast.evaluation.metrics import auroc, auroc_interval
 from advrad_fast.reference import diffusion, score
 from advrad_fast.reference.unet import UNet
+from advrad_fast.training.batchnorm import fold
 from advrad_fast.training.synthetic import benign_changes, synthetic_defects
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ FILTER_SIZES = (7, 11, 15, 21, 31)
 DEFECTS_A_NORMAL = 4
 ONE_SIGMA = 0.6827  # two-sided coverage of one standard error
 FITTED = 60  # training normals that a trial's maps are made of
+FOLDED = 48  # training normals whose batch statistics are folded into the network
 SPREAD_FLOOR = 0.5  # share of the spread's mean
 
 #: The noise of fitting: an image id for every image, away from inspection's id 0.
@@ -51,6 +53,16 @@ class NormalMaps(NamedTuple):
 
     mu: Tensor
     spread: Tensor
+
+
+def network_at(net: UNet, images: NDArray[np.uint8], config: DetectorConfig) -> UNet:
+    """The network of a detector at the configured k, from the trained one and normals (N, H, W, C)."""
+    images = images[:: max(1, len(images) // FOLDED)][:FOLDED]
+    x = torch.from_numpy(images)
+    shape = (x.shape[3], x.shape[1], x.shape[2])
+    eps = torch.cat([diffusion.draw_noise(shape, seed=_FIT_SEED, draws=1, image_ids=[300_000 + i]) for i in range(len(x))])
+    x_in = diffusion.noise(x, eps, diffusion.coefficients_at(config))
+    return fold(net, x_in, torch.full((len(x),), config.diffusion.timestep))
 
 
 @torch.inference_mode()
@@ -114,7 +126,7 @@ class Trial(NamedTuple):
 
 
 def select(
-    net: UNet,
+    network: Callable[[DetectorConfig], UNet],
     train: NDArray[np.uint8],
     selection: NDArray[np.uint8],
     config: DetectorConfig,
@@ -128,6 +140,9 @@ def select(
     which takes a lamp's ageing for a defect loses.  Of the trials within one standard error of the best, those with the most
     noise (the largest k) are kept, as noise is what drowns an adversarial perturbation; of these the highest AUROC wins.
 
+    Args:
+        network: gives the network to use at a configuration's k.
+
     Returns:
         the configuration with the choice in it, and every trial, the chosen one first, then by AUROC.
     """
@@ -139,6 +154,7 @@ def select(
     trials = []
     for k in timesteps:
         at_k = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, timestep=k))
+        net = network(at_k)
         normal = scale_errors(net, train, at_k, first_id=1)
         test = scale_errors(net, np.concatenate([normals, defects]), at_k, first_id=100_000)
         for size in FILTER_SIZES:

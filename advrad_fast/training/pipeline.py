@@ -21,6 +21,7 @@ from advrad_fast.evaluation.datasets import load_dataset
 from advrad_fast.model import ModelFile, Scalar, round_to_half
 from advrad_fast.reference.unet import UNet
 from advrad_fast.training import fitting
+from advrad_fast.training.batchnorm import training_network
 from advrad_fast.training.dataset import Align, Split, image_config, load_samples, load_split
 from advrad_fast.training.settings import Preset, TrainSettings, preset, replace
 from advrad_fast.training.trainer import Trainer, distributed
@@ -144,23 +145,29 @@ def fit(
     """Choose the settings, compute the normal maps and calibrate: from trained weights to a model.
 
     Args:
-        half: round the weights to fp16 first, so that what is calibrated is what is stored.
+        weights: of a :func:`training_network`.
+        half: round the network's weights to fp16.
         timesteps: candidates for k.
         chosen: instead of the selection: a function from the configuration to the one to use.
     """
-    arrays = {name: w.numpy() for name, w in weights.items()}
-    if half:
-        arrays = round_to_half(arrays)
-    net = UNet(config.unet)
-    net.load_state_dict({name: torch.tensor(a) for name, a in arrays.items()})
-    net.eval()
+    trained = training_network(config.unet)
+    trained.load_state_dict(weights)
+
+    def network(config: DetectorConfig) -> UNet:
+        net = fitting.network_at(trained, split.train, config)
+        if half:  # first, so that what is chosen and calibrated is what is stored
+            net.load_state_dict({n: torch.from_numpy(a) for n, a in round_to_half(_arrays(net)).items()})
+        return net
+
     if chosen is not None:
         config = chosen(config)
     else:
-        config, trials = fitting.select(net, split.train, split.selection, config, timesteps=timesteps, seed=seed)
+        config, trials = fitting.select(network, split.train, split.selection, config, timesteps=timesteps, seed=seed)
         best = trials[0]
         _log.info("chose k=%d, %s: AUROC %.4f on synthetic defects", best.timestep, best.score, best.auroc)
         provenance = {**provenance, "selection_auroc": round(best.auroc, 5)}
+
+    net = network(config)
 
     def error_maps(images: NDArray[np.uint8], first_id: int) -> Tensor:
         smooth = fitting.filtered(fitting.scale_errors(net, images, config, first_id=first_id), config.score.filter_size)
@@ -175,7 +182,7 @@ def fit(
         )
     return ModelFile(
         config=config,
-        weights=arrays,
+        weights=_arrays(net),
         mu=maps.mu.numpy(),
         spread=maps.spread.numpy() if config.score.spread else None,
         calibration_scores=scores,
@@ -183,6 +190,10 @@ def fit(
         threshold=calibrate.conformal_threshold(scores, rate),
         provenance=dict(provenance),
     )
+
+
+def _arrays(net: UNet) -> dict[str, NDArray[np.float32]]:
+    return {name: tensor.numpy() for name, tensor in net.state_dict().items()}
 
 
 def _timesteps(settings: TrainSettings) -> list[int]:

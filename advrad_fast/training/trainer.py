@@ -32,7 +32,7 @@ from advrad_fast.config import DiffusionConfig, UNetConfig
 from advrad_fast.errors import TrainingError, expected
 from advrad_fast.files import write_atomically
 from advrad_fast.reference.diffusion import normalise
-from advrad_fast.reference.unet import UNet
+from advrad_fast.training.batchnorm import training_network
 from advrad_fast.training.settings import TrainSettings
 
 
@@ -107,7 +107,7 @@ class Trainer:
         self.step = 0
 
         torch.manual_seed(settings.seed)
-        self.net = UNet(unet).to(self.device)
+        self.net = training_network(unet).to(self.device)
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
         self.optimiser = torch.optim.AdamW(
             self.net.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
@@ -129,7 +129,9 @@ class Trainer:
         count = s.batch_size
         # A permutation of the data per epoch, so that every image is seen equally often.
         index = torch.cat([self._epoch(e) for e in self._epochs(step)])[self._offset(step) :][:count]
-        timesteps = torch.randint(s.timestep_low, s.timestep_high + 1, (count,), generator=generator)
+        # Without a norm of its own the network learns with batch statistics, which belong to one timestep.
+        different = count if self.unet.norm_groups else 1
+        timesteps = torch.randint(s.timestep_low, s.timestep_high + 1, (different,), generator=generator).expand(count)
         flips = torch.rand((count, 2), generator=generator) < 0.5
         shifts = torch.randint(-s.shift, s.shift + 1, (count, 2), generator=generator)
         share = slice(self.rank * count // self.world_size, (self.rank + 1) * count // self.world_size)
