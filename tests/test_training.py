@@ -26,7 +26,7 @@ from advrad_fast.training.batchnorm import fold
 from advrad_fast.training.dataset import image_config, load_split
 from advrad_fast.training.pipeline import train
 from advrad_fast.training.settings import TrainSettings, preset
-from advrad_fast.training.synthetic import benign_changes, synthetic_defects
+from advrad_fast.training.synthetic import benign_changes, light, synthetic_defects
 from advrad_fast.training.trainer import Trainer
 
 UNET = UNetConfig(base_channels=8, channel_mult=(1, 2), norm_groups=4, prediction="x0")
@@ -200,12 +200,25 @@ def test_synthetic_defects_are_visible_small_and_repeatable() -> None:
 
 def test_benign_changes_are_small_and_change_the_light_alone() -> None:
     normals = images(size=64)
-    changed = benign_changes(normals, seed=1)
-    assert np.array_equal(changed, benign_changes(normals, seed=1))
+    changed = benign_changes(normals, normals, seed=1)
+    assert np.array_equal(changed, benign_changes(normals, normals, seed=1))
+    reach = np.maximum(2 * light(normals).std(axis=0), 0.01)
     ratio = (changed.astype(float) + 0.5) / (normals + 0.5)
     bright = normals > 60
-    assert (np.abs(ratio - 1)[bright] < 0.12).all()
+    assert (np.abs(ratio - 1)[bright] < reach @ [1, 0.5, 0.5] + 0.01).all()
     assert (changed != normals).mean() > 0.5
+
+
+def test_light_is_measured() -> None:
+    """Gain and slopes put into copies of one image come out again, relative to their mean."""
+    rng = np.random.default_rng(0)
+    base = np.full((40, 60), 150.0) + 20 * rng.random((40, 60))
+    wanted = rng.uniform(-0.1, 0.1, (12, 3))
+    wanted -= wanted.mean(axis=0)
+    y, x = np.linspace(-0.5, 0.5, 40)[:, None], np.linspace(-0.5, 0.5, 60)
+    copies = np.stack([base * (1 + g + a * y + b * x) for g, a, b in wanted])
+    got = light(np.rint(copies)[..., None].astype(np.uint8))
+    np.testing.assert_allclose(got, wanted, atol=2e-3)
 
 
 def test_blank_normals_have_no_defects() -> None:

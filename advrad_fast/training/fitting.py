@@ -27,16 +27,8 @@ _log = logging.getLogger(__name__)
 
 Weights = tuple[float, float, float, float]
 
-#: What is tried.  The first row of weights is the paper's.
+#: What is tried.
 TIMESTEPS = (50, 75, 100, 150)
-SCALE_WEIGHTS: tuple[Weights, ...] = (
-    (0.25, 0.25, 0.25, 0.25),
-    (1.0, 0.0, 0.0, 0.0),
-    (0.0, 1.0, 0.0, 0.0),
-    (0.0, 0.0, 1.0, 0.0),
-    (0.0, 0.0, 0.0, 1.0),
-    (0.05, 0.1, 0.25, 0.6),
-)
 FILTER_SIZES = (7, 11, 15, 21, 31)
 DEFECTS_A_NORMAL = 4
 ONE_SIGMA = 0.6827  # two-sided coverage of one standard error
@@ -97,6 +89,16 @@ def error_maps(smooth: Tensor, weights: Weights) -> Tensor:
     return torch.einsum("nlhw,l->nhw", smooth, torch.tensor(weights))
 
 
+def equal_weights(smooth: Tensor) -> Weights:
+    """Weights, of sum 1, under which every scale varies equally over normals: (N, 4, H, W) from :func:`filtered`.
+
+    The errors at the fine scales are several times larger: with equal weights they alone would decide.
+    """
+    spread = smooth.std(dim=0).mean(dim=(1, 2)).double().clamp_min(1e-12)
+    w1, w2, w4, w8 = (1.0 / spread / (1.0 / spread).sum()).tolist()
+    return (w1, w2, w4, w8)
+
+
 def normal_maps(maps: Tensor, config: ScoreConfig) -> NormalMaps:
     """mu, and the spread where the score uses it, from the normals' :func:`error_maps`.
 
@@ -134,11 +136,14 @@ def select(
     timesteps: Sequence[int] = TIMESTEPS,
     seed: int = 0,
 ) -> tuple[DetectorConfig, list[Trial]]:
-    """Choose k and the score settings by the AUROC of selection normals against synthetic defects made from them.
+    """Choose k and the filter by the AUROC of selection normals against synthetic defects made from them.
 
-    The normals count twice, as they are and in slightly other light (:func:`benign_changes`), so that a setting
-    which takes a lamp's ageing for a defect loses.  Of the trials within one standard error of the best, those with the most
-    noise (the largest k) are kept, as noise is what drowns an adversarial perturbation; of these the highest AUROC wins.
+    The normals count twice, as they are and in slightly other light (:func:`benign_changes`), so that a setting which takes a
+    lamp's ageing for a defect loses.  Of the trials within one standard error of the best, the one with the most noise (the
+    largest k) is taken, as noise is what drowns an adversarial perturbation, and of these the one with the largest filter,
+    which averages most of it out.
+
+    A score that uses the spread weighs the scales by :func:`equal_weights`; one that does not keeps the weights of ``config``.
 
     Args:
         network: gives the network to use at a configuration's k.
@@ -146,7 +151,7 @@ def select(
     Returns:
         the configuration with the choice in it, and every trial, the chosen one first, then by AUROC.
     """
-    normals = np.concatenate([selection, benign_changes(selection, seed)])
+    normals = np.concatenate([selection, benign_changes(selection, train, seed)])
     defects = synthetic_defects(selection, DEFECTS_A_NORMAL * len(selection), seed)
     count = len(normals)
     labels = np.r_[np.zeros(count, dtype=int), np.ones(len(defects), dtype=int)]
@@ -158,21 +163,18 @@ def select(
         normal = scale_errors(net, train, at_k, first_id=1)
         test = scale_errors(net, np.concatenate([normals, defects]), at_k, first_id=100_000)
         for size in FILTER_SIZES:
-            smooth_normal, smooth_test = filtered(normal, size), filtered(test, size)
-            for weights in SCALE_WEIGHTS:
-                normal_errors, test_errors = error_maps(smooth_normal, weights), error_maps(smooth_test, weights)
-                for spread in (False, True):
-                    candidate = ScoreConfig(weights, size, spread)
-                    values = scores(test_errors, normal_maps(normal_errors, candidate))
-                    low, _ = auroc_interval(labels, values, level=ONE_SIGMA)
-                    trials.append(Trial(k, candidate, auroc(labels, values), low))
+            smooth = filtered(normal, size)
+            weights = equal_weights(smooth) if config.score.spread else config.score.scale_weights
+            candidate = ScoreConfig(weights, size, config.score.spread)
+            maps = normal_maps(error_maps(smooth, weights), candidate)
+            values = scores(error_maps(filtered(test, size), weights), maps)
+            low, _ = auroc_interval(labels, values, level=ONE_SIGMA)
+            trials.append(Trial(k, candidate, auroc(labels, values), low))
         best = max(trials, key=lambda t: t.auroc)
-        _log.info("k=%d tried; best so far: k=%d, %s, AUROC %.4f", k, best.timestep, best.score, best.auroc)
+        _log.info("k=%d tried; best so far: k=%d, s=%d, AUROC %.4f", k, best.timestep, best.score.filter_size, best.auroc)
     trials.sort(key=lambda t: -t.auroc)
-    best = max((t for t in trials if t.auroc >= trials[0].low), key=lambda t: (t.timestep, t.auroc))
-    trials.remove(best)
-    trials.insert(0, best)
-    chosen = dataclasses.replace(
-        config, diffusion=dataclasses.replace(config.diffusion, timestep=best.timestep), score=best.score
-    )
-    return chosen, trials
+    chosen = max((t for t in trials if t.auroc >= trials[0].low), key=lambda t: (t.timestep, t.score.filter_size))
+    trials.remove(chosen)
+    trials.insert(0, chosen)
+    diffusion_config = dataclasses.replace(config.diffusion, timestep=chosen.timestep)
+    return dataclasses.replace(config, diffusion=diffusion_config, score=chosen.score), trials

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from advrad_fast import calibrate
-from advrad_fast.config import DetectorConfig, DiffusionConfig, ImageConfig, ScoreConfig, UNetConfig
+from advrad_fast.config import DetectorConfig, DiffusionConfig, ImageConfig, UNetConfig
 from advrad_fast.errors import TrainingError
 from advrad_fast.evaluation.datasets import load_dataset
 from advrad_fast.model import ModelFile, Scalar, round_to_half
@@ -90,7 +90,7 @@ def train(
     if preset_name == "fast" and patch is None and image.height * image.width <= _FINE_STEM_PIXELS:
         unet = dataclasses.replace(unet, patch=2)
     diffusion = DiffusionConfig(draws=draws if draws is not None else 1, timestep=min(100, train_settings.timestep_high))
-    config = DetectorConfig(unet, diffusion, ScoreConfig(), image)
+    config = DetectorConfig(unet, diffusion, chosen.score, image)
     split = load_split(paths, image, train_settings.seed)
     _log.info(
         "%d good images: %d to train on, %d to choose settings on, %d to calibrate on; input %d x %d x %d, patch %d%s",
@@ -164,7 +164,11 @@ def fit(
     else:
         config, trials = fitting.select(network, split.train, split.selection, config, timesteps=timesteps, seed=seed)
         best = trials[0]
-        _log.info("chose k=%d, %s: AUROC %.4f on synthetic defects", best.timestep, best.score, best.auroc)
+        weights_ = ", ".join(f"{w:.2f}" for w in best.score.scale_weights)
+        _log.info(
+            "chose k=%d, s=%d, scales weighted %s: AUROC %.4f on synthetic defects",
+            best.timestep, best.score.filter_size, weights_, best.auroc,
+        )  # fmt: skip
         provenance = {**provenance, "selection_auroc": round(best.auroc, 5)}
 
     net = network(config)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from advrad_fast.config import UNetConfig, _Config, _integer, _number
+from advrad_fast.config import ScoreConfig, UNetConfig, _Config, _integer, _number
 from advrad_fast.errors import ConfigError, expected
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -66,15 +66,18 @@ class TrainSettings(_Config):
 
 @dataclass(frozen=True)
 class Preset:
-    """A network and how to train it."""
+    """A network, how to train it, and how to score with it; s, k and, with a spread, the scales' weights are chosen later."""
 
     unet: UNetConfig
     settings: TrainSettings
+    score: ScoreConfig
 
 
 #: ``fast`` is for CPUs and line rates; ``paper`` is the paper's scale and wants a GPU.
 PRESETS: dict[str, Preset] = {
-    "fast": Preset(UNetConfig(base_channels=32, channel_mult=(1, 2, 4), norm_groups=0), TrainSettings()),
+    "fast": Preset(
+        UNetConfig(base_channels=32, channel_mult=(1, 2, 4), norm_groups=0), TrainSettings(), ScoreConfig(spread=True)
+    ),
     "paper": Preset(
         UNetConfig(
             base_channels=128,
@@ -87,6 +90,7 @@ PRESETS: dict[str, Preset] = {
         TrainSettings(
             steps=30_000, batch_size=2, learning_rate=1e-4, weight_decay=1e-2, ema=0.9999, timestep_low=0, timestep_high=999
         ),
+        ScoreConfig(),
     ),
 }
 

@@ -7,6 +7,7 @@ hardly visible, so that settings differ in what they find.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -22,6 +23,7 @@ _Kind = Callable[[_Float, tuple[float, float], NDArray[np.uint8], np.random.Gene
 #: A defect must change its darkest or brightest pixels by this many grey levels, or it is drawn again.
 _VISIBLE = 20.0
 _TRIES = 50
+_LIGHT_PIXELS = 10_000
 
 
 def synthetic_defects(images: NDArray[np.uint8], count: int, seed: int) -> NDArray[np.uint8]:
@@ -42,21 +44,41 @@ def synthetic_defects(images: NDArray[np.uint8], count: int, seed: int) -> NDArr
     return np.stack([_make(images, where, kinds[i % len(kinds)], rng) for i in range(count)])
 
 
-def benign_changes(images: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
-    """Each image in slightly other light, still a good part: a gain and a slope of up to 5 % each, from edge to edge.
+def benign_changes(images: NDArray[np.uint8], normals: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+    """Each image in slightly other light, still a good part: a gain and two slopes from edge to edge.
+
+    Each is drawn from twice its standard deviations around 0, as the light varies among the normals (:func:`light`), or from
+    1 % where it varies less.
 
     Args:
         images: uint8 (N, H, W, C).
+        normals: uint8 (M, H, W, C).
 
     Returns:
         uint8 (N, H, W, C).
     """
     rng = np.random.default_rng(seed)
     n, h, w = images.shape[:3]
-    gain, slope_y, slope_x = rng.uniform(-0.05, 0.05, (3, n, 1, 1))
-    light = 1.0 + gain + slope_y * np.linspace(-0.5, 0.5, h)[:, None] + slope_x * np.linspace(-0.5, 0.5, w)
-    changed: NDArray[np.uint8] = np.clip(np.rint(images * light[..., None]), 0, 255).astype(np.uint8)
+    reach = np.maximum(2.0 * light(normals).std(axis=0), 0.01)
+    gain, slope_y, slope_x = rng.uniform(-1.0, 1.0, (3, n, 1, 1)) * reach[:, None, None, None]
+    factor = 1.0 + gain + slope_y * np.linspace(-0.5, 0.5, h)[:, None] + slope_x * np.linspace(-0.5, 0.5, w)
+    changed: NDArray[np.uint8] = np.clip(np.rint(images * factor[..., None]), 0, 255).astype(np.uint8)
     return changed
+
+
+def light(normals: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """How each image's light differs from the mean image's: gain, slope along y and along x, float64 (M, 3).
+
+    The least-squares fit of ``image = mean * (1 + gain + slope_y y + slope_x x)`` with y and x from -1/2 to 1/2.
+    """
+    h, w = normals.shape[1:3]
+    step = max(1, math.isqrt(h * w // _LIGHT_PIXELS))  # it is smooth: some of the pixels are enough
+    grey = normals[:, ::step, ::step].mean(axis=3, dtype=np.float64)
+    mean = grey.mean(axis=0)
+    y, x = np.linspace(-0.5, 0.5, h)[::step, None], np.linspace(-0.5, 0.5, w)[::step]
+    basis = np.stack([mean, mean * y, mean * x])
+    fitted: NDArray[np.float64] = np.linalg.lstsq(basis.reshape(3, -1).T, (grey - mean).reshape(len(grey), -1).T, rcond=None)[0].T
+    return fitted
 
 
 def _structure(images: NDArray[np.uint8]) -> NDArray[np.float64]:
