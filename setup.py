@@ -19,8 +19,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "advrad_fast._native",
-            ["csrc/bindings.cpp", "csrc/noise.cpp", "csrc/reconstruction_error.cpp"],
-            depends=["csrc/native.hpp", "csrc/philox.hpp"],
+            [f"csrc/{stem}.cpp" for stem in ("bindings", "noise", "reconstruction_error", "stream", "threads", "votes")],
+            depends=[f"csrc/{stem}.hpp" for stem in ("native", "philox", "threads")],
             cxx_std=17,
             extra_compile_args=FLAGS,
         )

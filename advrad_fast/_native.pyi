@@ -1,8 +1,9 @@
-"""The fused operations for CPUs (C++17, ``csrc/``), single-threaded; the GIL is released while they work.
+"""The fused operations for CPUs (C++17, ``csrc/``); the GIL is released while they work.
 
 Arrays are used in place and must be C-contiguous, of exactly the dtype and shape given here; inputs may be read-only and
 overlap no output.  Anything else is a ``ValueError`` that names the argument.  The same call gives the same bits on every
-processor, and an image's result doesn't depend on its neighbours: every image has ``image_id`` 0.
+processor and with any number of threads, and an image's result doesn't depend on its neighbours: every image has
+``image_id`` 0.
 """
 
 import numpy as np
@@ -15,59 +16,101 @@ def noise(
     signal: float,
     noise: float,
     input_scale: float,
-    out: NDArray[np.float32],
+    out: NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint16],
+    *,
+    first_draw: int = 0,
+    lattice: Lattice | None = None,
+    channels_last: bool = False,
+    threads: int = 1,
 ) -> None:
     """Fill ``out`` with the network's inputs, ``input_scale * (signal * x + noise * eps)``.
 
+    With a lattice the noise is added to the pixels in integers instead: ``input_scale * signal * (x + z)``; see
+    :func:`advrad_fast.reference.smoothing.lattice_inputs`.
+
     Args:
         images: uint8 (N, H, W, C), C of 1 or 3, sides up to 4096; x is this in [-1, 1].
-        draws: noise draws an image, 0 .. draws - 1 of the stream.
+        draws: noise draws an image, numbers first_draw and on of the stream.
         seed: in [0, 2**64).
         signal, noise, input_scale: as in :class:`advrad_fast.schedule.Coefficients`, finite.
-        out: float32 (N * draws, C, H, W), image-major; written.
+        out: (N * draws, C, H, W), image-major, or (N * draws, H, W, C) if ``channels_last``; written.  float32, float16, or
+            uint16 for the bits of bfloat16; rounded to nearest even.
+        threads: at most this many work, in [1, 1024].
 
     Raises:
         ValueError: naming the argument.
     """
 
 def reconstruction_error(
-    images: NDArray[np.uint8],
+    images: NDArray[np.uint8] | None,
+    inputs: NDArray[np.float32] | None,
     outputs: NDArray[np.float32],
     draws: int,
-    seed: int,
-    signal: float,
-    noise: float,
-    skip: float,
-    out_coeff: float,
+    input_coefficient: float,
+    output_coefficient: float,
     scale_weights: tuple[float, float, float, float],
     filter_size: int,
     mu: NDArray[np.float32],
     inverse_spread: NDArray[np.float32],
     maps: NDArray[np.float32] | None,
     scores: NDArray[np.float32],
+    *,
+    threads: int = 1,
 ) -> None:
-    """Algorithm 4: fill ``scores``, and ``maps`` if given, from the network's outputs.
+    """Algorithm 4: fill ``scores``, and ``maps`` if given, from the network's inputs and outputs.
 
-    The noise of :func:`noise` is drawn again.  A NaN among an image's outputs makes its score NaN, and an infinity makes it
-    NaN or infinite: a fault never gives a finite score.
+    What the reconstruction x~ lacks of the image is ``d = x + input_coefficient * inputs + output_coefficient * outputs``; as
+    x~ = skip * x_k + out * output, the coefficients are ``-skip / input_scale`` and ``-out``.  A smoothed detector is held
+    against its noised image: there ``images`` is None and ``input_coefficient`` is ``(1 / signal - skip) / input_scale``.  See
+    :func:`advrad_fast.schedule.error_coefficients`.
+
+    A NaN among a score's outputs makes it NaN, and an infinity makes it NaN or infinite: a fault never gives a finite score.
 
     Args:
-        images: uint8 (N, H, W, C), C of 1 or 3, sides multiples of 8 up to 4096.
-        outputs: float32 (N * draws, C, H, W), image-major: the network's raw outputs.
-        draws, seed, signal, noise: as given to :func:`noise`.
-        skip, out_coeff: of the parametrisation; x~ = skip * x_k + out_coeff * output.
+        images: uint8 (N, H, W, C), or None for none; x is this in [-1, 1].  Each has the same number of results.
+        inputs: float32 of the shape of ``outputs``: the network's inputs.  None leaves them out, as where skip is 0.
+        outputs: float32 (results * draws, C, H, W): the network's raw outputs.  C is 1 or 3, H and W are multiples of 8 up
+            to 4096.
+        draws: neighbouring outputs that share one result: their errors are averaged.
         scale_weights: of the errors at 1, 1/2, 1/4 and 1/8 of the size, 0 or above.
         filter_size: side of the mean filter, odd, in [1, 255] pixels.
         mu, inverse_spread: float32 (H, W): the normal map, and one over its spread.
-        maps: float32 (N, H, W), written with the anomaly maps; None: no map is written anywhere.
-        scores: float32 (N,), written with the maps' maxima.
+        maps: float32 (results, H, W), written with the anomaly maps; None: no map is written anywhere.
+        scores: float32 (results,), written with the maps' maxima.
+        threads: at most this many work, in [1, 1024].
 
     Raises:
         ValueError: naming the argument.
     """
+
+def votes(
+    scores: NDArray[np.float32], thresholds: NDArray[np.float32], ranks: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """How many of each image's scores are above each threshold, and their order statistics.
+
+    Args:
+        scores: float32 (N, draws).
+        thresholds: float32 (T,), no NaN; T may be 0.
+        ranks: int64 (R,) in [0, draws), 0 for the smallest; R may be 0.
+
+    Returns:
+        counts int64 (N, T) and order statistics float32 (N, R); -1 and NaN for an image with a NaN score.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+
+class Lattice:
+    """Thresholds of lattice noise (:func:`advrad_fast.lattice.thresholds`), checked and indexed once."""
+
+    def __init__(self, thresholds: NDArray[np.uint64]) -> None:
+        """``thresholds``: uint64 (2 K,), sorted, below 2**60; else a ``ValueError``."""
 
 def integers(count: int, seed: int, draw: int = 0, image_id: int = 0) -> NDArray[np.uint32]:
     """The first words of the noise stream: uint32 (count,), equal to :func:`advrad_fast.philox.integers`."""
 
 def normals(count: int, seed: int, draw: int = 0, image_id: int = 0) -> NDArray[np.float32]:
     """The first normals of the noise stream: float32 (count,), :func:`advrad_fast.philox.normals` up to rounding."""
+
+def lattice_noise(count: int, lattice: Lattice, seed: int, draw: int = 0, image_id: int = 0) -> NDArray[np.int32]:
+    """The first values of the lattice noise: int32 (count,), equal to :func:`advrad_fast.lattice.integers`."""

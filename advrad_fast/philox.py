@@ -1,8 +1,8 @@
 """The noise stream: Philox4x32-10 (Salmon et al., SC 2011) and Box-Muller, in NumPy.  Every other backend equals this.
 
-Counter layout: ``(element // 4, draw, image_id, 0)``, key ``(seed & 0xffffffff, seed >> 32)``.  ``element`` is the flat
-index into the channel-first image (C, H, W).  Of a counter's four words (r0, r1, r2, r3), r0 and r1 make the normals of
-elements 4i and 4i + 1 (cosine, sine), r2 and r3 those of 4i + 2 and 4i + 3.
+Counter layout: ``(element // 4, draw, image_id, block)``, key ``(seed & 0xffffffff, seed >> 32)``.  ``element`` is the flat
+index into the channel-first image (C, H, W).  Of a counter's four words (r0, r1, r2, r3) in block 0, r0 and r1 make the normals
+of elements 4i and 4i + 1 (cosine, sine), r2 and r3 those of 4i + 2 and 4i + 3.  :mod:`advrad_fast.lattice` uses blocks 1 and 2.
 """
 
 from __future__ import annotations
@@ -46,14 +46,15 @@ def philox4x32(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.
     return np.stack([c0, c1, c2, c3], axis=1).astype(np.uint32)
 
 
-def integers(count: int, *, seed: int, draw: int = 0, image_id: int = 0) -> NDArray[np.uint32]:
-    """The stream's first ``count`` 32-bit words for one (seed, draw, image): uint32 (count,)."""
+def integers(count: int, *, seed: int, draw: int = 0, image_id: int = 0, block: int = 0) -> NDArray[np.uint32]:
+    """The stream's first ``count`` 32-bit words for one (seed, draw, image, block): uint32 (count,)."""
     seed = check_seed(seed)
     groups = (count + 3) // 4
     counter = np.zeros((groups, 4), dtype=np.uint32)
     counter[:, 0] = np.arange(groups, dtype=np.uint32)
     counter[:, 1] = draw
     counter[:, 2] = image_id
+    counter[:, 3] = block
     return philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)).reshape(-1)[:count]
 
 

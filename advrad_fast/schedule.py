@@ -78,3 +78,11 @@ def coefficients(prediction: Prediction, bar: float, sigma_data: float) -> Coeff
     s, d = b / a, sigma_data
     total = s * s + d * d
     return Coefficients(a, b, 1.0 / (a * math.sqrt(total)), d * d / (total * a), s * d / math.sqrt(total))
+
+
+def error_coefficients(c: Coefficients, *, smoothed: bool = False) -> tuple[float, float]:
+    """(a, b) such that image minus reconstruction is ``x + a * inputs + b * outputs`` of the network.
+
+    With ``smoothed`` the image is the noised one, x_k / signal, and x is left out.
+    """
+    return (((1.0 / c.signal if smoothed else 0.0) - c.skip) / c.input_scale, -c.out)

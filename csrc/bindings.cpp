@@ -2,9 +2,11 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <initializer_list>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -17,6 +19,8 @@ namespace {
 constexpr std::uint64_t kMaxSide = 4096;      // as advrad_fast.config.MAX_SIDE
 constexpr std::uint64_t kMaxFilter = 255;     // as advrad_fast.config.ScoreConfig
 constexpr std::uint64_t kMaxDraws = 1 << 20;
+constexpr std::uint64_t kMaxThreads = 1024;   // as advrad_fast.backends.base.MAX_THREADS
+constexpr std::size_t kMaxThresholds = 2 * 32767;
 constexpr std::uint64_t kMaxCount = std::uint64_t{1} << 34;  // four words to each of the counter's 2^32 values
 
 [[noreturn]] void refuse(const char* name, const std::string& wanted, const std::string& got) {
@@ -62,7 +66,7 @@ float real(const char* name, py::handle value, double low = -static_cast<double>
     return static_cast<float>(result);
 }
 
-// A C-contiguous array of T; -1 in `shape` stands for any size above 0.
+// A C-contiguous array of T; in `shape`, -1 stands for any size above 0 and -2 for any size.
 template <typename T>
 py::array_t<T> array(const char* name, py::handle value, const std::vector<py::ssize_t>& shape, bool writable) {
     std::string wanted = std::string(writable ? "a writable " : "a ") + "C-contiguous " +
@@ -74,7 +78,8 @@ py::array_t<T> array(const char* name, py::handle value, const std::vector<py::s
     const auto any = py::reinterpret_borrow<py::array>(value);
     bool fits = py::isinstance<py::array_t<T, 0>>(value) && any.ndim() == static_cast<py::ssize_t>(shape.size());
     for (std::size_t i = 0; fits && i < shape.size(); ++i)
-        fits = shape[i] < 0 ? any.shape(static_cast<py::ssize_t>(i)) > 0 : any.shape(static_cast<py::ssize_t>(i)) == shape[i];
+        fits = shape[i] < 0 ? any.shape(static_cast<py::ssize_t>(i)) >= shape[i] + 2
+                            : any.shape(static_cast<py::ssize_t>(i)) == shape[i];
     constexpr int contiguous = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
     fits = fits && (any.flags() & contiguous) == contiguous;
     if (!fits || (writable && !any.writeable()))
@@ -83,6 +88,9 @@ py::array_t<T> array(const char* name, py::handle value, const std::vector<py::s
                    std::string(py::str(any.attr("strides"))) + (any.writeable() ? "" : ", read-only"));
     return py::reinterpret_borrow<py::array_t<T>>(value);
 }
+
+// Native-endian float16, which C++17 has no type for.
+bool half(const py::array& any) { return any.dtype().equal(py::dtype("e")); }
 
 // The kernels assume that what they write is nobody's input.
 void apart(const char* name, const py::array& out, std::initializer_list<const py::array*> others) {
@@ -93,72 +101,171 @@ void apart(const char* name, const py::array& out, std::initializer_list<const p
     }
 }
 
-advrad::Shape frame_shape(const py::array& images, std::uint64_t draws, unsigned multiple) {
+// The thresholds of lattice noise, checked once, and the table that settles most numbers at a glance.
+struct LatticeTable {
+    explicit LatticeTable(py::handle thresholds_) {
+        const auto given = array<std::uint64_t>("thresholds", thresholds_, {-1}, false);
+        thresholds.assign(given.data(), given.data() + given.size());
+        const bool sorted = std::is_sorted(thresholds.begin(), thresholds.end());
+        if (thresholds.size() % 2 != 0 || thresholds.size() > kMaxThresholds || !sorted || thresholds.back() >> 60 != 0)
+            refuse("thresholds", "an even number, up to " + std::to_string(kMaxThresholds) + ", of sorted 60-bit integers",
+                   shown(thresholds_));
+        const auto below = [&](std::uint64_t u) {
+            return static_cast<int>(std::upper_bound(thresholds.begin(), thresholds.end(), u) - thresholds.begin());
+        };
+        for (std::uint64_t i = 0; i < guide.size(); ++i) {
+            const int low = below(i << 44), high = below(((i + 1) << 44) - 1);
+            const int value = low - static_cast<int>(thresholds.size() / 2);
+            guide[i] = low == high ? static_cast<std::int16_t>(value) : advrad::Lattice::kUnsettled;
+        }
+    }
+
+    static advrad::Lattice of(py::handle lattice) {
+        if (lattice.is_none()) return {};
+        if (!py::isinstance<LatticeTable>(lattice)) refuse("lattice", "a Lattice or None", shown(lattice));
+        const auto& table = lattice.cast<const LatticeTable&>();
+        return {table.thresholds.data(), table.thresholds.size(), table.guide.data()};
+    }
+
+    std::vector<std::uint64_t> thresholds;
+    std::vector<std::int16_t> guide = std::vector<std::int16_t>(1 << 16);
+};
+
+advrad::Shape frame_shape(const py::array& images) {
     const auto size = [&](int axis) { return static_cast<std::uint64_t>(images.shape(axis)); };
-    const auto side = [&](int axis) { return size(axis) <= kMaxSide && size(axis) % multiple == 0; };
-    if (!side(1) || !side(2) || (size(3) != 1 && size(3) != 3))
-        refuse("images",
-               "(N, H, W, C) with C of 1 or 3 and sides of at most " + std::to_string(kMaxSide) +
-                   (multiple > 1 ? " that are multiples of " + std::to_string(multiple) : ""),
+    if (size(1) > kMaxSide || size(2) > kMaxSide || (size(3) != 1 && size(3) != 3))
+        refuse("images", "(N, H, W, C) with C of 1 or 3 and sides of at most " + std::to_string(kMaxSide),
                py::str(images.attr("shape")));
-    return {size(0), size(1), size(2), size(3), draws};
+    advrad::Shape shape;
+    shape.images = size(0), shape.height = size(1), shape.width = size(2), shape.channels = size(3);
+    return shape;
 }
 
 py::ssize_t signed_size(std::size_t value) { return static_cast<py::ssize_t>(value); }
 
 void noise(py::handle images_, py::handle draws_, py::handle seed_, py::handle signal_, py::handle noise_,
-           py::handle input_scale_, py::handle out_) {
+           py::handle input_scale_, py::handle out_, py::handle first_draw_, py::handle lattice_, bool channels_last,
+           py::handle threads_) {
     const auto images = array<std::uint8_t>("images", images_, {-1, -1, -1, -1}, false);
-    const advrad::Shape shape = frame_shape(images, integer("draws", draws_, 1, kMaxDraws), 1);
+    advrad::Shape shape = frame_shape(images);
+    shape.draws = integer("draws", draws_, 1, kMaxDraws);
     const std::uint64_t seed = integer("seed", seed_, 0, UINT64_MAX);
-    const float signal = real("signal", signal_), noise = real("noise", noise_), input_scale = real("input_scale", input_scale_);
-    auto out = array<float>("out", out_,
-                            {signed_size(shape.images * shape.draws), signed_size(shape.channels), signed_size(shape.height),
-                             signed_size(shape.width)},
-                            true);
-    apart("out", out, {&images});
-    const std::uint8_t* from = images.data();
-    float* to = out.mutable_data();
-    py::gil_scoped_release release;
-    advrad::noise(from, shape, seed, signal, noise, input_scale, to);
-}
-
-void reconstruction_error(py::handle images_, py::handle outputs_, py::handle draws_, py::handle seed_, py::handle signal_,
-                          py::handle noise_, py::handle skip_, py::handle out_coeff_, py::handle scale_weights_,
-                          py::handle filter_size_, py::handle mu_, py::handle inverse_spread_, py::handle maps_,
-                          py::handle scores_) {
-    const auto images = array<std::uint8_t>("images", images_, {-1, -1, -1, -1}, false);
-    const advrad::Shape shape = frame_shape(images, integer("draws", draws_, 1, kMaxDraws), 8);
-    const py::ssize_t count = signed_size(shape.images), height = signed_size(shape.height), width = signed_size(shape.width);
-    const py::ssize_t rows = signed_size(shape.images * shape.draws), channels = signed_size(shape.channels);
-    const auto outputs = array<float>("outputs", outputs_, {rows, channels, height, width}, false);
-    const std::uint64_t seed = integer("seed", seed_, 0, UINT64_MAX);
-    advrad::ErrorSettings settings;
+    advrad::NoiseSettings settings;
+    settings.first_draw = static_cast<std::uint32_t>(integer("first_draw", first_draw_, 0, UINT32_MAX - shape.draws + 1));
     settings.signal = real("signal", signal_);
     settings.noise = real("noise", noise_);
-    settings.skip = real("skip", skip_);
-    settings.out = real("out_coeff", out_coeff_);
+    settings.input_scale = real("input_scale", input_scale_);
+    settings.lattice = LatticeTable::of(lattice_);
+    settings.channels_last = channels_last;
+    settings.threads = integer("threads", threads_, 1, kMaxThreads);
+    const py::ssize_t height = signed_size(shape.height), width = signed_size(shape.width);
+    const py::ssize_t rows = signed_size(shape.images * shape.draws), channels = signed_size(shape.channels);
+    std::vector<py::ssize_t> wanted = {rows, channels, height, width};
+    if (channels_last) wanted = {rows, height, width, channels};
+    py::array out;
+    if (py::isinstance<py::array_t<std::uint16_t, 0>>(out_)) {
+        settings.format = advrad::Format::bf16;
+        out = array<std::uint16_t>("out", out_, wanted, true);
+    } else if (py::isinstance<py::array>(out_) && half(py::reinterpret_borrow<py::array>(out_))) {
+        settings.format = advrad::Format::fp16;
+        const auto words = out_.attr("view")(py::dtype::of<std::uint16_t>());
+        out = array<std::uint16_t>("out", words, wanted, true);
+    } else {
+        out = array<float>("out", out_, wanted, true);
+    }
+    apart("out", out, {&images});
+    const std::uint8_t* from = images.data();
+    void* to = out.mutable_data();
+    py::gil_scoped_release release;
+    advrad::noise(from, shape, seed, settings, to);
+}
+
+void reconstruction_error(py::handle images_, py::handle inputs_, py::handle outputs_, py::handle draws_,
+                          py::handle input_coefficient_, py::handle output_coefficient_, py::handle scale_weights_,
+                          py::handle filter_size_, py::handle mu_, py::handle inverse_spread_, py::handle maps_,
+                          py::handle scores_, py::handle threads_) {
+    const auto outputs = array<float>("outputs", outputs_, {-1, -1, -1, -1}, false);
+    const auto size = [&](int axis) { return static_cast<std::uint64_t>(outputs.shape(axis)); };
+    const auto side = [&](int axis) { return size(axis) <= kMaxSide && size(axis) % 8 == 0; };
+    if (!side(2) || !side(3) || (size(1) != 1 && size(1) != 3))
+        refuse("outputs", "(N, C, H, W) with C of 1 or 3 and sides that are multiples of 8, at most " + std::to_string(kMaxSide),
+               py::str(outputs.attr("shape")));
+    advrad::Shape shape;
+    shape.channels = size(1), shape.height = size(2), shape.width = size(3);
+    shape.draws = integer("draws", draws_, 1, kMaxDraws);
+    if (size(0) % shape.draws != 0) refuse("draws", "a divisor of the " + std::to_string(size(0)) + " outputs", shown(draws_));
+    const std::uint64_t results = size(0) / shape.draws;
+    const py::ssize_t height = outputs.shape(2), width = outputs.shape(3);
+    const std::uint8_t* image_data = nullptr;
+    const float* input_data = nullptr;
+    py::array images, inputs;
+    if (!images_.is_none()) {
+        const auto given = array<std::uint8_t>("images", images_, {-1, height, width, outputs.shape(1)}, false);
+        shape.images = static_cast<std::size_t>(given.shape(0));
+        if (results % shape.images != 0)
+            refuse("images", "a number that divides the " + std::to_string(results) + " results", std::to_string(shape.images));
+        image_data = given.data();
+        images = given;
+    } else {
+        shape.images = 1;
+    }
+    shape.groups = results / shape.images;
+    if (!inputs_.is_none()) {
+        const auto given = array<float>("inputs", inputs_, {outputs.shape(0), outputs.shape(1), height, width}, false);
+        input_data = given.data();
+        inputs = given;
+    } else if (images_.is_none()) {
+        refuse("inputs", "an array where images is None", "None");
+    }
+    advrad::ErrorSettings settings;
+    settings.input = real("input_coefficient", input_coefficient_);
+    settings.output = real("output_coefficient", output_coefficient_);
     if (!(py::isinstance<py::tuple>(scale_weights_) || py::isinstance<py::list>(scale_weights_)) || py::len(scale_weights_) != 4)
         refuse("scale_weights", "a tuple of 4 numbers", shown(scale_weights_));
     const auto weights = py::tuple(py::reinterpret_borrow<py::object>(scale_weights_));
     for (std::size_t i = 0; i < 4; ++i) settings.weights[i] = real("scale_weights", weights[i], 0.0);
     settings.filter_size = integer("filter_size", filter_size_, 1, kMaxFilter);
     if (settings.filter_size % 2 == 0) refuse("filter_size", "an odd number", shown(filter_size_));
+    settings.threads = integer("threads", threads_, 1, kMaxThreads);
     const auto mu = array<float>("mu", mu_, {height, width}, false);
     const auto inverse_spread = array<float>("inverse_spread", inverse_spread_, {height, width}, false);
-    auto scores = array<float>("scores", scores_, {count}, true);
-    apart("scores", scores, {&images, &outputs, &mu, &inverse_spread});
+    auto scores = array<float>("scores", scores_, {signed_size(results)}, true);
+    apart("scores", scores, {&images, &inputs, &outputs, &mu, &inverse_spread});
     float* map_data = nullptr;
     if (!maps_.is_none()) {
-        auto maps = array<float>("maps", maps_, {count, height, width}, true);
-        apart("maps", maps, {&images, &outputs, &mu, &inverse_spread, &scores});
+        auto maps = array<float>("maps", maps_, {signed_size(results), height, width}, true);
+        apart("maps", maps, {&images, &inputs, &outputs, &mu, &inverse_spread, &scores});
         map_data = maps.mutable_data();
     }
-    const std::uint8_t* image_data = images.data();
     const float *output_data = outputs.data(), *mu_data = mu.data(), *spread_data = inverse_spread.data();
     float* score_data = scores.mutable_data();
     py::gil_scoped_release release;
-    advrad::reconstruction_error(image_data, output_data, shape, seed, settings, mu_data, spread_data, map_data, score_data);
+    advrad::reconstruction_error(image_data, input_data, output_data, shape, settings, mu_data, spread_data, map_data,
+                                 score_data);
+}
+
+py::tuple votes(py::handle scores_, py::handle thresholds_, py::handle ranks_) {
+    const auto scores = array<float>("scores", scores_, {-1, -1}, false);
+    const auto thresholds = array<float>("thresholds", thresholds_, {-2}, false);
+    const auto ranks = array<std::int64_t>("ranks", ranks_, {-2}, false);
+    const py::ssize_t images = scores.shape(0), draws = scores.shape(1);
+    if (std::any_of(thresholds.data(), thresholds.data() + thresholds.size(), [](float t) { return std::isnan(t); }))
+        refuse("thresholds", "numbers", shown(thresholds));
+    if (std::any_of(ranks.data(), ranks.data() + ranks.size(), [&](std::int64_t r) { return r < 0 || r >= draws; }))
+        refuse("ranks", "integers in [0, " + std::to_string(draws - 1) + "]", shown(ranks));
+    py::array_t<std::int64_t> counts({images, thresholds.size()});
+    py::array_t<float> statistics({images, ranks.size()});
+    const float *from = scores.data(), *threshold_data = thresholds.data();
+    const std::int64_t* rank_data = ranks.data();
+    std::int64_t* count_data = counts.mutable_data();
+    float* statistic_data = statistics.mutable_data();
+    {
+        py::gil_scoped_release release;
+        advrad::votes(from, static_cast<std::size_t>(images), static_cast<std::size_t>(draws), threshold_data,
+                      static_cast<std::size_t>(thresholds.size()), rank_data, static_cast<std::size_t>(ranks.size()),
+                      count_data, statistic_data);
+    }
+    return py::make_tuple(counts, statistics);
 }
 
 // The stream's first `count` values, through a whole number of groups.
@@ -167,7 +274,7 @@ py::array_t<T> stream_values(Fill fill, py::handle count_, py::handle seed_, py:
     const std::size_t count = integer("count", count_, 0, kMaxCount);
     const advrad::Stream stream{integer("seed", seed_, 0, UINT64_MAX),
                                 static_cast<std::uint32_t>(integer("draw", draw_, 0, UINT32_MAX)),
-                                static_cast<std::uint32_t>(integer("image_id", image_id_, 0, UINT32_MAX))};
+                                static_cast<std::uint32_t>(integer("image_id", image_id_, 0, UINT32_MAX)), 0};
     py::array_t<T> result(signed_size((count + 3) / 4 * 4));
     T* data = result.mutable_data();
     {
@@ -182,9 +289,13 @@ py::array_t<T> stream_values(Fill fill, py::handle count_, py::handle seed_, py:
 PYBIND11_MODULE(_native, m) {
     using namespace py::literals;
     m.doc() = "The fused operations for CPUs in C++; see advrad_fast/_native.pyi.";
-    m.def("noise", &noise, "images"_a, "draws"_a, "seed"_a, "signal"_a, "noise"_a, "input_scale"_a, "out"_a);
-    m.def("reconstruction_error", &reconstruction_error, "images"_a, "outputs"_a, "draws"_a, "seed"_a, "signal"_a, "noise"_a,
-          "skip"_a, "out_coeff"_a, "scale_weights"_a, "filter_size"_a, "mu"_a, "inverse_spread"_a, "maps"_a, "scores"_a);
+    py::class_<LatticeTable>(m, "Lattice").def(py::init<py::handle>(), "thresholds"_a);
+    m.def("noise", &noise, "images"_a, "draws"_a, "seed"_a, "signal"_a, "noise"_a, "input_scale"_a, "out"_a, py::kw_only(),
+          "first_draw"_a = 0, "lattice"_a = py::none(), "channels_last"_a = false, "threads"_a = 1);
+    m.def("reconstruction_error", &reconstruction_error, "images"_a, "inputs"_a, "outputs"_a, "draws"_a, "input_coefficient"_a,
+          "output_coefficient"_a, "scale_weights"_a, "filter_size"_a, "mu"_a, "inverse_spread"_a, "maps"_a, "scores"_a,
+          py::kw_only(), "threads"_a = 1);
+    m.def("votes", &votes, "scores"_a, "thresholds"_a, "ranks"_a);
     m.def(
         "integers",
         [](py::handle count, py::handle seed, py::handle draw, py::handle image_id) {
@@ -197,4 +308,15 @@ PYBIND11_MODULE(_native, m) {
             return stream_values<float>(advrad::normals, count, seed, draw, image_id);
         },
         "count"_a, "seed"_a, "draw"_a = 0, "image_id"_a = 0);
+    m.def(
+        "lattice_noise",
+        [](py::handle count, py::handle lattice_, py::handle seed, py::handle draw, py::handle image_id) {
+            const advrad::Lattice lattice = LatticeTable::of(lattice_);
+            if (lattice.thresholds == nullptr) refuse("lattice", "a Lattice", "None");
+            const auto fill = [&](const advrad::Stream& stream, std::uint32_t first, std::size_t groups, std::int32_t* out) {
+                advrad::lattice_noise(stream, first, groups, lattice, out);
+            };
+            return stream_values<std::int32_t>(fill, count, seed, draw, image_id);
+        },
+        "count"_a, "lattice"_a, "seed"_a, "draw"_a = 0, "image_id"_a = 0);
 }

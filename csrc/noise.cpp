@@ -1,69 +1,107 @@
-// The noise stream, and the fused operation `noise`: uint8 frames to noised network inputs.
-// Plain form: advrad_fast/philox.py and advrad_fast/reference/diffusion.py.
+// The fused operation `noise`: uint8 frames to noised network inputs.
+// Plain form: advrad_fast/reference/diffusion.py, and smoothing.py for lattice noise.
 #include <algorithm>
 
 #include "native.hpp"
 #include "philox.hpp"
+#include "threads.hpp"
 
 namespace advrad {
-
-ADVRAD_CLONES
-void integers(const Stream& stream, std::uint32_t first, std::size_t groups, std::uint32_t* ADVRAD_RESTRICT out) {
-    const Stream s = stream;
-    for (std::size_t i = 0; i < groups; ++i) {
-        const Words w = philox4x32({first + static_cast<std::uint32_t>(i), s.draw, s.image_id, 0}, s.seed);
-        out[4 * i] = w.r0;
-        out[4 * i + 1] = w.r1;
-        out[4 * i + 2] = w.r2;
-        out[4 * i + 3] = w.r3;
-    }
-}
-
-ADVRAD_CLONES
-void normals(const Stream& stream, std::uint32_t first, std::size_t groups, float* ADVRAD_RESTRICT out) {
-    const Stream s = stream;
-    for (std::size_t i = 0; i < groups; ++i) {
-        const Words w = philox4x32({first + static_cast<std::uint32_t>(i), s.draw, s.image_id, 0}, s.seed);
-        const Pair a = box_muller(w.r0, w.r1), b = box_muller(w.r2, w.r3);
-        out[4 * i] = a.first;
-        out[4 * i + 1] = a.second;
-        out[4 * i + 2] = b.first;
-        out[4 * i + 3] = b.second;
-    }
-}
 
 namespace {
 
 constexpr std::size_t kBlock = 1024;  // elements worked on at a time: stays in the first-level cache
+constexpr std::size_t kTask = 4;      // blocks a task
+constexpr std::size_t kChannels = 3;
+
+// Both round to the nearest, ties to even; NaN stays NaN.
+ADVRAD_INLINE std::uint16_t to_bf16(float x) {
+    const std::uint32_t i = bits(x), rounded = (i + 0x7FFFu + ((i >> 16) & 1u)) >> 16;
+    return static_cast<std::uint16_t>(x != x ? (i >> 16) | 0x40u : rounded);
+}
+
+ADVRAD_INLINE std::uint16_t to_fp16(float x) {
+    const std::uint32_t i = bits(x), sign = (i >> 16) & 0x8000u, magnitude = i & 0x7FFFFFFFu;
+    // Below 2^-14 the result is subnormal: adding 1/2 leaves it, rounded, in the low bits of the significand.
+    const std::uint32_t small = bits(from_bits(magnitude) + 0.5f) - 0x3F000000u;
+    const std::uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+    std::uint32_t half = magnitude < 0x38800000u ? small : normal;
+    half = magnitude >= 0x477FF000u ? 0x7C00u : half;
+    half = magnitude > 0x7F800000u ? 0x7E00u : half;
+    return static_cast<std::uint16_t>(sign | half);
+}
+
+template <typename T, typename Convert>
+ADVRAD_INLINE void store(const float* ADVRAD_RESTRICT x, std::size_t count, std::size_t stride, T* ADVRAD_RESTRICT out,
+                         Convert convert) {
+    if (stride == 1)
+        for (std::size_t i = 0; i < count; ++i) out[i] = convert(x[i]);
+    else
+        for (std::size_t i = 0; i < count; ++i) out[i * stride] = convert(x[i]);
+}
+
+struct Noises {
+    float normal[kBlock + 8];
+    std::int32_t lattice[kBlock + 8];
+};
 
 }  // namespace
 
-// One channel of one block of pixels (at most kBlock) with its noise.
+// One channel of one block of pixels (at most kBlock), with its noise, to `out` in the format and at the stride asked for.
 ADVRAD_CLONES
-void noise_block(const std::uint8_t* pixels, std::size_t channels, std::size_t channel, std::size_t count,
-                 const float* ADVRAD_RESTRICT eps, float signal, float noise, float input_scale, float* ADVRAD_RESTRICT out) {
+void noise_block(const std::uint8_t* pixels, std::size_t channels, std::size_t channel, std::size_t count, const float* eps,
+                 const std::int32_t* z, const NoiseSettings& settings, void* out, std::size_t offset, std::size_t stride) {
+    const float signal = settings.signal, noise = settings.noise, input_scale = settings.input_scale;
     float x[kBlock];
-    load_channel(pixels, channels, channel, count, x);
-    for (std::size_t i = 0; i < count; ++i) out[i] = input_scale * (signal * x[i] + noise * eps[i]);
+    load_channel(pixels, channels, channel, z, count, x);
+    if (z != nullptr)
+        for (std::size_t i = 0; i < count; ++i) x[i] = input_scale * (signal * x[i]);
+    else
+        for (std::size_t i = 0; i < count; ++i) x[i] = input_scale * (signal * x[i] + noise * eps[i]);
+    switch (settings.format) {
+        case Format::fp32:
+            store(x, count, stride, static_cast<float*>(out) + offset, [](float v) { return v; });
+            break;
+        case Format::fp16:
+            store(x, count, stride, static_cast<std::uint16_t*>(out) + offset, to_fp16);
+            break;
+        case Format::bf16:
+            store(x, count, stride, static_cast<std::uint16_t*>(out) + offset, to_bf16);
+            break;
+    }
 }
 
-void noise(const std::uint8_t* images, const Shape& shape, std::uint64_t seed, float signal, float noise, float input_scale,
-           float* out) {
-    // A block may start and end inside a group of four elements, where the plane's size is no multiple of four.
-    float eps[kBlock + 8];
-    for (std::size_t draw = 0; draw < shape.draws; ++draw) {
-        const Stream stream{seed, static_cast<std::uint32_t>(draw), 0};
-        for (std::size_t channel = 0; channel < shape.channels; ++channel) {
-            for (std::size_t pixel = 0; pixel < shape.plane(); pixel += kBlock) {
-                const std::size_t count = std::min(kBlock, shape.plane() - pixel);
-                const std::size_t element = channel * shape.plane() + pixel, shift = element % 4;
-                normals(stream, static_cast<std::uint32_t>(element / 4), (shift + count + 3) / 4, eps);
-                for (std::size_t n = 0; n < shape.images; ++n)  // every image has the same noise: drawn once
-                    noise_block(images + n * shape.image() + pixel * shape.channels, shape.channels, channel, count, eps + shift,
-                                signal, noise, input_scale, out + (n * shape.draws + draw) * shape.image() + element);
+void noise(const std::uint8_t* images, const Shape& shape, std::uint64_t seed, const NoiseSettings& settings, void* out) {
+    const std::size_t draws = shape.groups * shape.draws, plane = shape.plane(), channels = shape.channels;
+    const std::size_t chunk = kBlock * kTask, chunks = (plane + chunk - 1) / chunk;
+    const bool lattice = settings.lattice.thresholds != nullptr;
+    parallel(draws * chunks, settings.threads, [&](std::size_t task, std::size_t) {
+        const std::size_t draw = task / chunks, begin = task % chunks * chunk, end = std::min(plane, begin + chunk);
+        const Stream stream{seed, settings.first_draw + static_cast<std::uint32_t>(draw), 0, 0};
+        Noises noises[kChannels];
+        for (std::size_t pixel = begin; pixel < end; pixel += kBlock) {
+            const std::size_t count = std::min(kBlock, end - pixel);
+            std::size_t shift[kChannels];
+            for (std::size_t c = 0; c < channels; ++c) {
+                // A block may start and end inside a group of four elements, where the plane's size is no multiple of four.
+                const std::size_t element = c * plane + pixel, groups = (element % 4 + count + 3) / 4;
+                const auto first = static_cast<std::uint32_t>(element / 4);
+                shift[c] = element % 4;
+                if (lattice)
+                    lattice_noise(stream, first, groups, settings.lattice, noises[c].lattice);
+                else
+                    normals(stream, first, groups, noises[c].normal);
+            }
+            for (std::size_t n = 0; n < shape.images; ++n) {  // every image has the same noise: drawn once
+                const std::size_t start = (n * draws + draw) * shape.image();
+                for (std::size_t c = 0; c < channels; ++c)
+                    noise_block(images + n * shape.image() + pixel * channels, channels, c, count, noises[c].normal + shift[c],
+                                lattice ? noises[c].lattice + shift[c] : nullptr, settings, out,
+                                start + (settings.channels_last ? pixel * channels + c : c * plane + pixel),
+                                settings.channels_last ? channels : 1);
             }
         }
-    }
+    });
 }
 
 }  // namespace advrad

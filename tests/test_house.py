@@ -23,22 +23,23 @@ KERNELS = ROOT / "kernels"  # installs as advrad_fast.kernels
 
 # From the ground up: a module imports from its own floor or lower ones.  A package stands for all its modules.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "schedule", "philox", "files"),
+    ("errors", "config", "schedule", "philox", "lattice", "files"),
     ("images", "pose", "model", "certify", "calibrate", "graph"),
     ("kernels", "_native", "reference"),
     ("backends",),
     ("detector",),
     ("",),  # the package's public face
     ("training", "evaluation", "overlay"),
+    ("bench",),
     ("cli", "demo", "__main__"),
 )
 
 # Only here may PyTorch be imported, and only these may import one another when they are loaded.
-TORCH = ("reference", "training", "evaluation.attacks", "evaluation.baselines", "backends.reference")
+TORCH = ("reference", "training", "evaluation.attacks", "evaluation.baselines", "backends.reference", "bench")
 
 # Other heavy or optional libraries, and their homes.
 HOMES = {
-    "openvino": ("backends", "cli"),
+    "openvino": ("backends", "bench", "cli"),
     "tensorrt": ("backends", "cli"),
     "tensorrt_rtx": ("backends", "cli"),
     "pycuda": ("backends", "cli"),
@@ -46,8 +47,8 @@ HOMES = {
 }
 
 # The fused operations under csrc/ and kernels/, and those that are still to come.
-OPERATIONS = {"csrc": ("noise", "reconstruction_error"), "kernels": ()}
-NOT_BUILT = {"csrc": ("votes",), "kernels": ("noise", "reconstruction_error", "votes")}
+OPERATIONS = {"csrc": ("noise", "reconstruction_error", "votes"), "kernels": ()}
+NOT_BUILT = {"csrc": (), "kernels": ("noise", "reconstruction_error", "votes")}
 
 MAX_LINES = 500
 MAX_PUBLIC_NAMES = 15
@@ -241,7 +242,7 @@ def test_no_long_files() -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "suffix", "others"), [("csrc", ".cpp", ("bindings",)), ("kernels", ".py", ("__init__", "philox", "aot"))]
+    ("folder", "suffix", "others"), [("csrc", ".cpp", ("bindings", "threads")), ("kernels", ".py", ("__init__", "philox", "aot"))]
 )
 def test_the_list_of_operations_is_whole(folder: str, suffix: str, others: tuple[str, ...]) -> None:
     stems = {path.stem for path in (ROOT / folder).glob(f"*{suffix}")} - set(others)
@@ -258,7 +259,7 @@ def test_an_operation_has_its_plain_form_and_its_test(operation: str) -> None:
     plain = [path.name for path in (PACKAGE / "reference").glob("*.py") if operation in functions(path)]
     assert len(plain) == 1, f"{operation}: plain forms in {plain}"
     assert operation in functions(PACKAGE / "_native.pyi")
-    assert f"test_{operation}_equals_reference" in functions(ROOT / "tests" / "test_native.py")
+    assert f"test_{operation}_equals_reference" in functions(ROOT / "tests" / f"test_{operation}.py")
 
 
 def test_the_torch_pin_is_in_one_place() -> None:

@@ -6,6 +6,7 @@ import logging
 import platform
 from collections.abc import Mapping
 from io import BytesIO
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -73,10 +74,12 @@ class CpuBackend(FrameBackend):
             float(schedule.alpha_bar(config.diffusion)[config.diffusion.timestep]),
             config.unet.sigma_data,
         )
+        self._error_coefficients = schedule.error_coefficients(self._coefficients)
         try:
             core = ov.Core()
             self.precision = _choose(core, precision)
-            self._compiled = _compiled(core, config, weights, self.precision, threads, folder)
+            self._compiled = compile_network(config, weights, self.precision, threads=threads, folder=folder, core=core)
+            self._threads = int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
         except RuntimeError as error:
             raise BackendUnavailableError(f"cpu: OpenVINO cannot compile the network: {error}") from error
         # Requests and their input arrays, one for every thread that has been inside _frame at the same time.
@@ -99,7 +102,7 @@ class CpuBackend(FrameBackend):
             request, x = self._request()
         try:
             start = now()
-            operations.noise(image, draws, seed, c.signal, c.noise, c.input_scale, x)
+            operations.noise(image, draws, seed, c.signal, c.noise, c.input_scale, x, threads=self._threads)
             noised = now()
             request.infer()
             outputs = request.get_output_tensor().data  # the request's own memory: read before it goes back to the queue
@@ -108,19 +111,17 @@ class CpuBackend(FrameBackend):
             maps = np.empty((1, *image.shape[1:3]), dtype=np.float32) if want_map else None
             operations.reconstruction_error(
                 image,
+                x if c.skip else None,
                 outputs,
                 draws,
-                seed,
-                c.signal,
-                c.noise,
-                c.skip,
-                c.out,
+                *self._error_coefficients,
                 config.score.scale_weights,
                 config.score.filter_size,
                 self._mu,
                 self._inverse_spread,
                 maps,
                 scores,
+                threads=self._threads,
             )
         except RuntimeError as error:
             raise InferenceError(f"cpu: OpenVINO failed: {error}") from error
@@ -156,18 +157,41 @@ def _choose(core: Any, precision: Precision) -> str:
     return "bf16" if native and precision != "fp32" else "fp32"
 
 
-def _compiled(
-    core: Any, config: DetectorConfig, weights: Mapping[str, Array], precision: str, threads: int | None, folder: Any
+def compile_network(
+    config: DetectorConfig,
+    weights: Mapping[str, Array],
+    precision: str,
+    *,
+    batch: int | None = None,
+    threads: int | None = None,
+    folder: Path | None = None,
+    core: Any = None,
 ) -> Any:
-    """The network, from the cache or compiled and put there."""
+    """The network as an OpenVINO ``CompiledModel`` for one request at a time, from the cache or compiled and put there.
+
+    Args:
+        precision: ``fp32`` or ``bf16``.
+        batch: images a call; None for ``config.diffusion.draws``.
+        threads: None for OpenVINO's choice, one a physical core.
+        folder: the cache; None for none.
+        core: an ``openvino.Core`` to use.
+
+    Raises:
+        RuntimeError: OpenVINO cannot compile it.
+    """
+    core = core or ov.Core()
     options: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
     }
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
-    image, batch, timestep = config.image, config.diffusion.draws, config.diffusion.timestep
-    size = {"height": image.height, "width": image.width, "batch": batch, "timestep": timestep}
+    size = {
+        "height": config.image.height,
+        "width": config.image.width,
+        "batch": config.diffusion.draws if batch is None else batch,
+        "timestep": config.diffusion.timestep,
+    }
     if folder is None:
         return core.compile_model(_read(core, config, weights, size), "CPU", options)
     name = cache.key(

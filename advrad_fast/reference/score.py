@@ -69,8 +69,21 @@ def reconstruction_error(
     """
     draws = len(outputs) // len(images)
     x = normalise(images).repeat_interleave(draws, dim=0)
-    reconstruction = c.skip * (c.signal * x + c.noise * eps) + c.out * outputs
-    errors = scale_errors(x, reconstruction)
-    errors = errors.reshape(len(images), draws, *errors.shape[1:]).mean(dim=1)
+    return from_outputs(x, c.signal * x + c.noise * eps, outputs, draws, mu, inverse_spread, config, c)
+
+
+def from_outputs(
+    x: Tensor,
+    x_k: Tensor,
+    outputs: Tensor,
+    draws: int,
+    mu: Tensor,
+    inverse_spread: Tensor,
+    config: ScoreConfig,
+    c: Coefficients,
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 4 from images x, their noised forms x_k and the network's outputs, (N * draws, C, H, W) each."""
+    errors = scale_errors(x, c.skip * x_k + c.out * outputs)
+    errors = errors.reshape(-1, draws, *errors.shape[1:]).mean(dim=1)
     maps = anomaly_map(error_map(errors, config), mu, inverse_spread)
     return maps.amax(dim=(1, 2)), maps

@@ -1,0 +1,131 @@
+#include "threads.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+namespace advrad {
+
+namespace {
+
+struct Job {
+    Job(std::size_t tasks_, std::size_t threads, const std::function<void(std::size_t, std::size_t)>& work_)
+        : tasks(tasks_), helpers(threads - 1), work(work_) {}
+
+    void take_part(std::size_t slot) {
+        for (std::size_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+            try {
+                work(task, slot);
+            } catch (...) {
+                const std::lock_guard<std::mutex> lock(mutex);
+                if (!error) error = std::current_exception();
+                next.store(tasks, std::memory_order_relaxed);
+            }
+        }
+    }
+
+    const std::size_t tasks;
+    std::size_t helpers;      // threads that may still join; guarded by the pool's mutex
+    std::size_t joined = 0;   // the same
+    const std::function<void(std::size_t, std::size_t)>& work;
+    std::atomic<std::size_t> next{0};
+    std::mutex mutex;
+    std::condition_variable done;
+    std::size_t active = 0;  // helpers at work; guarded by `mutex`
+    std::exception_ptr error;
+};
+
+class Pool {
+   public:
+    void run(std::size_t tasks, std::size_t threads, const std::function<void(std::size_t, std::size_t)>& work) {
+        Job job(tasks, threads, work);
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            try {
+                for (; workers_ < threads - 1; ++workers_) std::thread([this] { serve(); }).detach();
+            } catch (const std::system_error&) {
+                // No more threads to be had: those there are do all the work.
+            }
+            jobs_.push_back(&job);
+        }
+        if (threads > 2)
+            wake_.notify_all();
+        else
+            wake_.notify_one();
+        job.take_part(0);
+        {
+            // Nobody joins from here on.
+            const std::lock_guard<std::mutex> lock(mutex_);
+            const auto place = std::find(jobs_.begin(), jobs_.end(), &job);
+            if (place != jobs_.end()) jobs_.erase(place);
+        }
+        std::unique_lock<std::mutex> lock(job.mutex);
+        job.done.wait(lock, [&] { return job.active == 0; });
+        if (job.error) std::rethrow_exception(job.error);
+    }
+
+   private:
+    void serve() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            wake_.wait(lock, [this] { return !jobs_.empty(); });
+            Job* job = jobs_.front();
+            const std::size_t slot = ++job->joined;
+            if (job->joined == job->helpers) jobs_.pop_front();
+            {
+                const std::lock_guard<std::mutex> guard(job->mutex);
+                ++job->active;
+            }
+            lock.unlock();
+            job->take_part(slot);
+            {
+                const std::lock_guard<std::mutex> guard(job->mutex);
+                if (--job->active == 0) job->done.notify_one();  // inside the lock: the job lives on the caller's stack
+            }
+            lock.lock();
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::deque<Job*> jobs_;
+    std::size_t workers_ = 0;
+};
+
+// Never destroyed: its threads outlive main.  A forked child has none of them, and starts with a pool of its own.
+std::atomic<Pool*> current{nullptr};
+
+Pool& pool() {
+    static const bool prepared = [] {
+        current.store(new Pool);
+#if !defined(_WIN32)
+        pthread_atfork(nullptr, nullptr, [] { current.store(new Pool); });
+#endif
+        return true;
+    }();
+    (void)prepared;
+    return *current.load();
+}
+
+}  // namespace
+
+void parallel(std::size_t tasks, std::size_t threads, const std::function<void(std::size_t, std::size_t)>& work) {
+    threads = std::min(threads, tasks);
+    if (threads > 1) {
+        pool().run(tasks, threads, work);
+        return;
+    }
+    for (std::size_t task = 0; task < tasks; ++task) work(task, 0);
+}
+
+}  // namespace advrad
