@@ -1,4 +1,4 @@
-"""``advrad-fast``: train, inspect, evaluate, backends, demo.
+"""``advrad-fast``: train, inspect, evaluate, bench, backends, demo.
 
 Logs and progress go to standard error.  Exit codes: 0 fine, 1 a defect was found (or a part could not be judged), 2 something
 could not be done.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from advrad_fast import __version__
-from advrad_fast.errors import AdvRADError, ConfigError
+from advrad_fast.errors import AdvRADError, ConfigError, expected
 
 OK, FOUND, FAILED = 0, 1, 2
 
@@ -94,6 +94,17 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(evaluate)
     evaluate.add_argument("data", type=Path, help="the dataset's folder")
     evaluate.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
+
+    bench = command(
+        "bench", _bench, "Measure this machine's CPU path against PyTorch and the machine's own peaks (needs PyTorch)."
+    )
+    bench.add_argument("model", type=Path, nargs="?", help="a model file (default: the demo's)")
+    bench.add_argument("--frames", type=Path, help="images that the model is for (default: drawn frames)")
+    bench.add_argument("--parts", default="operations,network,inspect", help="of operations, network, inspect, paper-like")
+    bench.add_argument("--seconds", type=float, default=4.0, help="for each set of contestants (default 4)")
+    bench.add_argument("--threads", type=int, help="of the operations and the engine (default: the machine's)")
+    bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes a minute a network")
+    bench.add_argument("--json", metavar="FILE", help="write a row a line; - for standard output")
 
     listing = command("backends", _backends, "List the backends: which are usable here, and why the others are not.")
     listing.add_argument("--json", metavar="FILE", help="write JSON; - for standard output")
@@ -250,6 +261,37 @@ def _evaluate(options: argparse.Namespace) -> int:
             file.write(json.dumps(figures) + "\n")
     if options.json != "-":
         sys.stdout.write(table(evaluation) + "\n")
+    return OK
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from importlib.resources import as_file, files
+
+    from advrad_fast import bench
+
+    parts = tuple(options.parts.split(","))
+    if unknown := sorted(set(parts) - set(bench.PARTS)):
+        raise ConfigError(expected("--parts", f"a list of {list(bench.PARTS)}", unknown))
+    if not 0.0 <= options.seconds <= 3600.0:
+        raise ConfigError(expected("--seconds", "a number in [0, 3600]", options.seconds))
+    rows = []
+    with as_file(files("advrad_fast") / "data" / "elpv-mono.safetensors") as demo, _output(options.json) as file:
+        for row in bench.run(
+            options.model or demo,
+            frames=options.frames,
+            parts=parts,
+            seconds=options.seconds,
+            threads=options.threads,
+            compile_torch=not options.no_compile,
+        ):
+            rows.append(row)
+            _say(f"{row['name']}, batch {row['batch']}, {row['precision']}: {row['p50_ms']:.3g} ms")
+            if file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+    if options.json != "-" and rows:
+        sys.stdout.write(f"{rows[0]['machine']}; commit {rows[0]['commit']}; {json.dumps(rows[0]['details']['peaks'])}\n")
+        sys.stdout.write(bench.table(rows) + "\n")
     return OK
 
 

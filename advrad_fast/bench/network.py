@@ -1,0 +1,141 @@
+"""The engine's network against PyTorch's, and the share of the machine's peak that it reaches."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from advrad_fast.backends.cpu import compile_network
+from advrad_fast.bench.peaks import Peaks
+from advrad_fast.bench.timing import alternate, row
+from advrad_fast.config import DetectorConfig
+from advrad_fast.errors import InferenceError
+from advrad_fast.graph import build_graph
+from advrad_fast.reference.unet import UNet
+
+_log = logging.getLogger(__name__)
+
+#: Largest error allowed of the network's output, relative L2, by precision.
+PARITY = {"fp32": 1e-4, "bf16": 3e-2}
+
+
+def flops(config: DetectorConfig, weights: Mapping[str, NDArray[np.float32]], batch: int) -> float:
+    """Of the convolutions and matrix products of the engine's graph: two for each multiplication."""
+    import onnx
+
+    image = config.image
+    graph = onnx.shape_inference.infer_shapes(
+        build_graph(config.unet, weights, height=image.height, width=image.width, batch=batch, timestep=0)
+    ).graph
+    shapes = {i.name: tuple(i.dims) for i in graph.initializer}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        shapes[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+    total = 0.0
+    for node in graph.node:
+        if node.op_type == "Conv":
+            total += 2.0 * np.prod(shapes[node.output[0]]) * np.prod(shapes[node.input[1]][1:])
+        elif node.op_type == "ConvTranspose":
+            total += 2.0 * np.prod(shapes[node.input[0]]) * np.prod(shapes[node.input[1]][1:])
+        elif node.op_type == "MatMul":
+            total += 2.0 * np.prod(shapes[node.output[0]]) * shapes[node.input[0]][-1]
+    return float(total)
+
+
+def rows(
+    name: str,
+    config: DetectorConfig,
+    weights: Mapping[str, NDArray[np.float32]],
+    peaks: Peaks,
+    *,
+    batches: tuple[int, ...] = (1, 8),
+    precisions: tuple[str, ...] = ("fp32", "bf16"),
+    seconds: float = 6.0,
+    compile_torch: bool = True,
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Rows of one network at each batch and precision of the ``cpu`` backend, each with its FLOPs and PyTorch's times.
+
+    The PyTorch contestants are eager fp32 and the best of channels-last bf16, eager and compiled.
+
+    Raises:
+        InferenceError: an engine's output differs from PyTorch's by more than :data:`PARITY`; nothing is timed then.
+    """
+    image = config.image
+    net = UNet(config.unet).eval().requires_grad_(False)
+    net.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in weights.items()})
+    half = copy.deepcopy(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for batch in batches:
+        shape = (batch, config.unet.in_channels, image.height, image.width)
+        x = torch.from_numpy(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
+        timesteps = torch.full((batch,), config.diffusion.timestep)
+        engines: dict[str, Any] = {}
+        for precision in precisions:
+            request = compile_network(config, weights, precision, batch=batch).create_infer_request()
+            request.set_input_tensor(_tensor(x.numpy()))
+            engines[precision] = request
+        with torch.inference_mode():
+            wanted = net(x, timesteps).numpy()
+            for precision, request in engines.items():
+                request.infer()
+                error = float(np.linalg.norm(request.get_output_tensor().data - wanted) / np.linalg.norm(wanted))
+                if not error <= PARITY[precision]:
+                    raise InferenceError(f"{name}, {precision}: relative error {error:.3g} is over {PARITY[precision]}")
+            timings = alternate(
+                {**{p: r.infer for p, r in engines.items()}, **_torch(net, half, x, timesteps, compile_torch)}, seconds=seconds
+            )
+        best = min((t for key, t in timings.items() if key.startswith("torch")), key=lambda t: t.p50)
+        work = flops(config, weights, batch)
+        for precision in precisions:
+            timing = timings[precision]
+            share = work / (timing.p50 / 1e3) / getattr(peaks, precision)
+            size = (image.height, image.width, image.channels)
+            result = row(
+                f"network {name}",
+                size,
+                batch,
+                "cpu",
+                precision,
+                timing,
+                eager=timings["eager"],
+                best_torch=best,
+                peak_share=share,
+            )
+            others = {key: round(t.p50, 3) for key, t in timings.items() if key not in precisions}
+            yield result, {"GFLOP": round(work / 1e9, 3), "torch_p50_ms": others}
+
+
+def _torch(
+    net: UNet, half: UNet, x: torch.Tensor, timesteps: torch.Tensor, compile_torch: bool
+) -> dict[str, Callable[[], object]]:
+    last = x.contiguous(memory_format=torch.channels_last)
+
+    def bf16(model: Callable[..., torch.Tensor]) -> Callable[[], object]:
+        def call() -> object:
+            with torch.autocast("cpu", torch.bfloat16):
+                return model(last, timesteps)
+
+        return call
+
+    contestants: dict[str, Callable[[], object]] = {"eager": lambda: net(x, timesteps), "torch bf16": bf16(half)}
+    if compile_torch:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                compiled = bf16(torch.compile(half))
+                compiled()
+            contestants["torch bf16 compiled"] = compiled
+        except Exception as error:  # no C++ compiler, or an operation that it refuses
+            _log.warning("torch.compile is left out: %s: %s", type(error).__name__, error)
+    return contestants
+
+
+def _tensor(array: NDArray[np.float32]) -> Any:
+    import openvino as ov
+
+    return ov.Tensor(array, shared_memory=True)
