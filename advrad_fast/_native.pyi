@@ -19,6 +19,7 @@ def noise(
     out: NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint16],
     *,
     first_draw: int = 0,
+    normals: NDArray[np.float32] | None = None,
     lattice: Lattice | None = None,
     channels_last: bool = False,
     threads: int = 1,
@@ -35,6 +36,7 @@ def noise(
         signal, noise, input_scale: as in :class:`advrad_fast.schedule.Coefficients`, finite.
         out: (N * draws, C, H, W), image-major, or (N * draws, H, W, C) if ``channels_last``; written.  float32, float16, or
             uint16 for the bits of bfloat16; rounded to nearest even.
+        normals: float32 (draws, C, H, W), the stream's normals if they are at hand: they need not be drawn again.
         threads: at most this many work, in [1, 1024].
 
     Raises:

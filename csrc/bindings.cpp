@@ -144,8 +144,8 @@ advrad::Shape frame_shape(const py::array& images) {
 py::ssize_t signed_size(std::size_t value) { return static_cast<py::ssize_t>(value); }
 
 void noise(py::handle images_, py::handle draws_, py::handle seed_, py::handle signal_, py::handle noise_,
-           py::handle input_scale_, py::handle out_, py::handle first_draw_, py::handle lattice_, bool channels_last,
-           py::handle threads_) {
+           py::handle input_scale_, py::handle out_, py::handle first_draw_, py::handle normals_, py::handle lattice_,
+           bool channels_last, py::handle threads_) {
     const auto images = array<std::uint8_t>("images", images_, {-1, -1, -1, -1}, false);
     advrad::Shape shape = frame_shape(images);
     shape.draws = integer("draws", draws_, 1, kMaxDraws);
@@ -160,6 +160,13 @@ void noise(py::handle images_, py::handle draws_, py::handle seed_, py::handle s
     settings.threads = integer("threads", threads_, 1, kMaxThreads);
     const py::ssize_t height = signed_size(shape.height), width = signed_size(shape.width);
     const py::ssize_t rows = signed_size(shape.images * shape.draws), channels = signed_size(shape.channels);
+    py::array normals;
+    if (!normals_.is_none()) {
+        if (!lattice_.is_none()) refuse("normals", "None beside a lattice", "an array");
+        const auto given = array<float>("normals", normals_, {signed_size(shape.draws), channels, height, width}, false);
+        settings.normals = given.data();
+        normals = given;
+    }
     std::vector<py::ssize_t> wanted = {rows, channels, height, width};
     if (channels_last) wanted = {rows, height, width, channels};
     py::array out;
@@ -173,7 +180,7 @@ void noise(py::handle images_, py::handle draws_, py::handle seed_, py::handle s
     } else {
         out = array<float>("out", out_, wanted, true);
     }
-    apart("out", out, {&images});
+    apart("out", out, {&images, &normals});
     const std::uint8_t* from = images.data();
     void* to = out.mutable_data();
     py::gil_scoped_release release;
@@ -291,7 +298,7 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "The fused operations for CPUs in C++; see advrad_fast/_native.pyi.";
     py::class_<LatticeTable>(m, "Lattice").def(py::init<py::handle>(), "thresholds"_a);
     m.def("noise", &noise, "images"_a, "draws"_a, "seed"_a, "signal"_a, "noise"_a, "input_scale"_a, "out"_a, py::kw_only(),
-          "first_draw"_a = 0, "lattice"_a = py::none(), "channels_last"_a = false, "threads"_a = 1);
+          "first_draw"_a = 0, "normals"_a = py::none(), "lattice"_a = py::none(), "channels_last"_a = false, "threads"_a = 1);
     m.def("reconstruction_error", &reconstruction_error, "images"_a, "inputs"_a, "outputs"_a, "draws"_a, "input_coefficient"_a,
           "output_coefficient"_a, "scale_weights"_a, "filter_size"_a, "mu"_a, "inverse_spread"_a, "maps"_a, "scores"_a,
           py::kw_only(), "threads"_a = 1);

@@ -48,8 +48,8 @@ struct Lattice {
     const std::int16_t* guide = nullptr;        // 2^16 values, by a uniform number's first 16 bits; kUnsettled: compare
 };
 
-// `images` frames of height x width pixels, interleaved channels (1 or 3); for each `groups` results, and for each of
-// these `draws` noise draws.
+// `images` frames of height x width pixels, interleaved channels (1 or 3); for each `groups` scores, and for each of these
+// `draws` noise draws.
 struct Shape {
     std::size_t images = 0, height = 0, width = 0, channels = 0, groups = 1, draws = 1;
     std::size_t plane() const { return height * width; }
@@ -60,6 +60,7 @@ enum class Format { fp32, fp16, bf16 };
 
 struct NoiseSettings {
     float signal = 0, noise = 0, input_scale = 0;
+    const float* normals = nullptr;  // of all draws, if they are at hand: (draws, channels, height, width)
     Lattice lattice;
     Format format = Format::fp32;
     bool channels_last = false;
@@ -81,8 +82,8 @@ void normals(const Stream& stream, std::uint32_t first, std::size_t groups, floa
 // Lattice noise of the same groups, in steps of the lattice; `stream.block` is ignored.
 void lattice_noise(const Stream& stream, std::uint32_t first, std::size_t groups, const Lattice& lattice, std::int32_t* out);
 
-// out[n, d] = input_scale * (signal * x[n] + noise * eps[d]); with a lattice input_scale * signal * (x[n] + z[d]).  All
-// draws of all groups; channels first, or last.
+// out[n, d] = input_scale * (signal * x[n] + noise * eps[d]); with a lattice input_scale * signal * (x[n] + z[d]).  Images
+// first, then draws; channels first, or last.
 void noise(const std::uint8_t* images, const Shape& shape, std::uint64_t seed, const NoiseSettings& settings, void* out);
 
 // Algorithm 4 on the difference x + input * inputs + output * outputs.  Without `images` x is left out, without `inputs` these.
@@ -96,29 +97,6 @@ void reconstruction_error(const std::uint8_t* images, const float* inputs, const
 void votes(const float* scores, std::size_t images, std::size_t draws, const float* thresholds, std::size_t threshold_count,
            const std::int64_t* ranks, std::size_t rank_count, std::int64_t* counts, float* statistics);
 
-constexpr float kPixelScale = static_cast<float>(2.0 / 255.0);
-
-// `count` pixels of one channel, uint8 to [-1, 1].
-template <int Channels>
-ADVRAD_INLINE void load_channel(const std::uint8_t* ADVRAD_RESTRICT pixels, std::size_t count, float* ADVRAD_RESTRICT x) {
-    for (std::size_t i = 0; i < count; ++i) x[i] = static_cast<float>(pixels[i * Channels]) * kPixelScale - 1.0f;
-}
-
-// The same with lattice noise added before the scaling, in integers.
-template <int Channels>
-ADVRAD_INLINE void load_channel(const std::uint8_t* ADVRAD_RESTRICT pixels, const std::int32_t* ADVRAD_RESTRICT z,
-                                std::size_t count, float* ADVRAD_RESTRICT x) {
-    for (std::size_t i = 0; i < count; ++i)
-        x[i] = static_cast<float>(static_cast<std::int32_t>(pixels[i * Channels]) + z[i]) * kPixelScale - 1.0f;
-}
-
-// `z` may be null.
-ADVRAD_INLINE void load_channel(const std::uint8_t* pixels, std::size_t channels, std::size_t channel, const std::int32_t* z,
-                                std::size_t count, float* x) {
-    if (z == nullptr)
-        channels == 1 ? load_channel<1>(pixels, count, x) : load_channel<3>(pixels + channel, count, x);
-    else
-        channels == 1 ? load_channel<1>(pixels, z, count, x) : load_channel<3>(pixels + channel, z, count, x);
-}
+constexpr float kPixelScale = static_cast<float>(2.0 / 255.0);  // uint8 to [-1, 1]
 
 }  // namespace advrad

@@ -14,6 +14,29 @@ constexpr std::size_t kBlock = 1024;  // elements worked on at a time: stays in 
 constexpr std::size_t kTask = 4;      // blocks a task
 constexpr std::size_t kChannels = 3;
 
+// `count` pixels of one channel, uint8 to [-1, 1].
+template <int Channels>
+ADVRAD_INLINE void load_channel(const std::uint8_t* ADVRAD_RESTRICT pixels, std::size_t count, float* ADVRAD_RESTRICT x) {
+    for (std::size_t i = 0; i < count; ++i) x[i] = static_cast<float>(pixels[i * Channels]) * kPixelScale - 1.0f;
+}
+
+// The same with lattice noise added before the scaling, in integers.
+template <int Channels>
+ADVRAD_INLINE void load_channel(const std::uint8_t* ADVRAD_RESTRICT pixels, const std::int32_t* ADVRAD_RESTRICT z,
+                                std::size_t count, float* ADVRAD_RESTRICT x) {
+    for (std::size_t i = 0; i < count; ++i)
+        x[i] = static_cast<float>(static_cast<std::int32_t>(pixels[i * Channels]) + z[i]) * kPixelScale - 1.0f;
+}
+
+// `z` may be null.
+ADVRAD_INLINE void load_channel(const std::uint8_t* pixels, std::size_t channels, std::size_t channel, const std::int32_t* z,
+                                std::size_t count, float* x) {
+    if (z == nullptr)
+        channels == 1 ? load_channel<1>(pixels, count, x) : load_channel<3>(pixels + channel, count, x);
+    else
+        channels == 1 ? load_channel<1>(pixels, z, count, x) : load_channel<3>(pixels + channel, z, count, x);
+}
+
 // Both round to the nearest, ties to even; NaN stays NaN.
 ADVRAD_INLINE std::uint16_t to_bf16(float x) {
     const std::uint32_t i = bits(x), rounded = (i + 0x7FFFu + ((i >> 16) & 1u)) >> 16;
@@ -72,13 +95,14 @@ void noise_block(const std::uint8_t* pixels, std::size_t channels, std::size_t c
 }
 
 void noise(const std::uint8_t* images, const Shape& shape, std::uint64_t seed, const NoiseSettings& settings, void* out) {
-    const std::size_t draws = shape.groups * shape.draws, plane = shape.plane(), channels = shape.channels;
+    const std::size_t draws = shape.draws, plane = shape.plane(), channels = shape.channels;
     const std::size_t chunk = kBlock * kTask, chunks = (plane + chunk - 1) / chunk;
     const bool lattice = settings.lattice.thresholds != nullptr;
     parallel(draws * chunks, settings.threads, [&](std::size_t task, std::size_t) {
         const std::size_t draw = task / chunks, begin = task % chunks * chunk, end = std::min(plane, begin + chunk);
         const Stream stream{seed, settings.first_draw + static_cast<std::uint32_t>(draw), 0, 0};
         Noises noises[kChannels];
+        const float* eps[kChannels];
         for (std::size_t pixel = begin; pixel < end; pixel += kBlock) {
             const std::size_t count = std::min(kBlock, end - pixel);
             std::size_t shift[kChannels];
@@ -87,15 +111,18 @@ void noise(const std::uint8_t* images, const Shape& shape, std::uint64_t seed, c
                 const std::size_t element = c * plane + pixel, groups = (element % 4 + count + 3) / 4;
                 const auto first = static_cast<std::uint32_t>(element / 4);
                 shift[c] = element % 4;
+                eps[c] = noises[c].normal + shift[c];
                 if (lattice)
                     lattice_noise(stream, first, groups, settings.lattice, noises[c].lattice);
+                else if (settings.normals != nullptr)
+                    eps[c] = settings.normals + draw * shape.image() + element;
                 else
                     normals(stream, first, groups, noises[c].normal);
             }
             for (std::size_t n = 0; n < shape.images; ++n) {  // every image has the same noise: drawn once
                 const std::size_t start = (n * draws + draw) * shape.image();
                 for (std::size_t c = 0; c < channels; ++c)
-                    noise_block(images + n * shape.image() + pixel * channels, channels, c, count, noises[c].normal + shift[c],
+                    noise_block(images + n * shape.image() + pixel * channels, channels, c, count, eps[c],
                                 lattice ? noises[c].lattice + shift[c] : nullptr, settings, out,
                                 start + (settings.channels_last ? pixel * channels + c : c * plane + pixel),
                                 settings.channels_last ? channels : 1);

@@ -130,6 +130,14 @@ def test_result_depends_on_frame_and_seed_alone(make: Any) -> None:
     assert set(together.timings) == {"noise", "network", "error"} and min(together.timings.values()) > 0.0
 
 
+def test_kept_noise_is_the_noise() -> None:
+    """The cpu backend keeps a seed's noise from its second frame on: the same bits, and another seed's is not mistaken for it."""
+    backend, image = cpu(), frames()[:1]
+    first = {seed: cpu().score(image, seed=seed, want_maps=True) for seed in (0, 1, 2**64 - 1)}
+    for seed in (0, 0, 0, 1, 0, 0, 1, 1, 2**64 - 1, 2**64 - 1, 0):
+        assert same(backend.score(image, seed=seed, want_maps=True), first[seed]), seed
+
+
 @pytest.mark.parametrize("make", [cpu, reference])
 def test_takes_any_strides_and_no_images(make: Any) -> None:
     backend, images = make(), frames()

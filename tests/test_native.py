@@ -50,7 +50,7 @@ def test_threads_do_not_disturb_each_other(rng: np.random.Generator) -> None:
 def noise_arguments(rng: np.random.Generator) -> dict[str, Any]:
     return {
         "images": frames(rng, 2, 16, 24, 3), "draws": 2, "seed": 0, "signal": 0.9, "noise": 0.4, "input_scale": 1.0,
-        "out": filled((4, 3, 16, 24)), "first_draw": 0, "threads": 1,
+        "out": filled((4, 3, 16, 24)), "first_draw": 0, "normals": np.zeros((2, 3, 16, 24), dtype=np.float32), "threads": 1,
     }  # fmt: skip
 
 
@@ -86,7 +86,7 @@ FLOATS = [math.nan, math.inf, -math.inf, 1e39, 10**400, True, None, "1", np.ones
 
 def refused(function: Callable[..., None], arguments: dict[str, Any], name: str, value: object) -> None:
     # Some wrong arguments show as a mismatch with the next array.
-    also = {"draws": "|out|scores", "images": "|out", "outputs": "|images|inputs"}.get(name, "")
+    also = {"draws": "|out|normals|scores", "images": "|out|normals", "outputs": "|images|inputs"}.get(name, "")
     with pytest.raises(ValueError, match=f"^({name}{also}): expected "):
         function(**{**arguments, name: value})
     for key in ("out", "maps", "scores"):
@@ -94,7 +94,7 @@ def refused(function: Callable[..., None], arguments: dict[str, Any], name: str,
 
 
 @pytest.mark.parametrize("change", range(len(ARRAYS)))
-@pytest.mark.parametrize("name", ["images", "out"])
+@pytest.mark.parametrize("name", ["images", "normals", "out"])
 def test_noise_refuses_arrays(rng: np.random.Generator, name: str, change: int) -> None:
     arguments = noise_arguments(rng)
     refused(_native.noise, arguments, name, ARRAYS[change](arguments[name]))
@@ -124,6 +124,11 @@ def test_what_may_be_none(rng: np.random.Generator) -> None:
 def test_lattices_are_refused(rng: np.random.Generator, function: Callable[..., None], value: object) -> None:
     arguments = noise_arguments(rng) if function is _native.noise else {"count": 4, "seed": 0}
     refused(function, arguments, "lattice", value)
+
+
+def test_normals_beside_a_lattice_are_refused(rng: np.random.Generator) -> None:
+    arguments = {**noise_arguments(rng), "lattice": _native.Lattice(np.array([1, 2], dtype=np.uint64))}
+    refused(_native.noise, arguments, "normals", arguments["normals"])
 
 
 def test_numbers_are_refused(rng: np.random.Generator) -> None:

@@ -110,6 +110,13 @@ def test_rounding_at_every_magnitude(rng: np.random.Generator, dtype: type, bits
         np.testing.assert_array_equal(out, bf16 if dtype is np.uint16 else half)
 
 
+@pytest.mark.parametrize("side", [(24, 40), (33, 31)])
+def test_normals_at_hand_are_the_same_noise(rng: np.random.Generator, side: tuple[int, int]) -> None:
+    images, c = frames(rng, 2, *side, 3), coefficients()
+    drawn = np.stack([_native.normals(3 * side[0] * side[1], 4, draw).reshape(3, *side) for draw in range(3)])
+    np.testing.assert_array_equal(run_noise(images, 3, 4, c, normals=drawn), run_noise(images, 3, 4, c))
+
+
 @pytest.mark.parametrize("threads", [2, 3, 7])
 @pytest.mark.parametrize("sigma", [None, 0.125])
 def test_draws_and_threads_change_nothing(rng: np.random.Generator, threads: int, sigma: float | None) -> None:

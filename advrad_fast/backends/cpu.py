@@ -82,6 +82,8 @@ class CpuBackend(FrameBackend):
             self._threads = int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
         except RuntimeError as error:
             raise BackendUnavailableError(f"cpu: OpenVINO cannot compile the network: {error}") from error
+        self._last: int | None = None
+        self._kept: tuple[int, Array] | None = None
         # Requests and their input arrays, one for every thread that has been inside _frame at the same time.
         self._requests: SimpleQueue[tuple[Any, Array]] = SimpleQueue()
         self._requests.put(self._request())
@@ -102,7 +104,8 @@ class CpuBackend(FrameBackend):
             request, x = self._request()
         try:
             start = now()
-            operations.noise(image, draws, seed, c.signal, c.noise, c.input_scale, x, threads=self._threads)
+            normals = self._normals(seed)
+            operations.noise(image, draws, seed, c.signal, c.noise, c.input_scale, x, normals=normals, threads=self._threads)
             noised = now()
             request.infer()
             outputs = request.get_output_tensor().data  # the request's own memory: read before it goes back to the queue
@@ -134,6 +137,23 @@ class CpuBackend(FrameBackend):
             network=milliseconds(noised, inferred),
             error=milliseconds(inferred, now()),
         )
+
+    def _normals(self, seed: int) -> Array | None:
+        """The noise of a seed that comes again, as every frame's does by default; None for a new one.
+
+        Kept in one assignment, so that threads may race.
+        """
+        if self._last != seed:
+            self._last, self._kept = seed, None
+            return None
+        kept = self._kept
+        if kept is None or kept[0] != seed:
+            image, draws = self._config.image, self._config.diffusion.draws
+            shape = (image.channels, image.height, image.width)
+            size = image.channels * image.height * image.width
+            kept = (seed, np.stack([operations.normals(size, seed, draw).reshape(shape) for draw in range(draws)]))
+            self._kept = kept
+        return kept[1]
 
 
 def status() -> BackendStatus:
