@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 _WARM_UP = 2  # rounds: the first calls pay for memory
-_REST = 0.01  # seconds before a call: OpenMP's threads spin for a while after their work, and would slow whoever comes next
+# Seconds before a call: OpenMP's threads spin for a while after their work, and would slow whoever comes next.  No longer than
+# that: after 10 ms PyTorch's sleep so deeply that its small operations take three times as long, which would flatter us.
+_REST = 0.003
 _FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd")
 
 
