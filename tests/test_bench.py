@@ -52,6 +52,13 @@ def test_rows_of_a_model(model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "x best torch" in printed and printed.count("inspect small") == sum(r["name"] == "inspect small" for r in rows)
 
 
+def test_a_processor_without_bf16_is_measured_in_fp32(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("advrad_fast.backends.cpu._has_bf16", lambda core: False)
+    out = tmp_path / "rows.jsonl"
+    assert main(["bench", str(model), "--parts", "network,inspect", "--seconds", "0", "--no-compile", "--json", str(out)]) == 0
+    assert {json.loads(line)["precision"] for line in out.read_text().splitlines()} == {"fp32"}
+
+
 def test_rows_of_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "SIDE", 32)
     rows = list(operations.rows(peaks.Peaks(1e10, 1e11, 1e12), seconds=0.0))

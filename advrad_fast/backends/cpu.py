@@ -42,7 +42,7 @@ class CpuBackend(FrameBackend):
         config: the detector's settings.
         weights: float32, exactly :func:`advrad_fast.graph.expected_tensors` of ``config.unet``.
         mu, inverse_spread: float32 (H, W), the normal map and one over its spread; copied.
-        threads: of the network; None for OpenVINO's choice, one a physical core.
+        threads: of the network and the operations around it; None for OpenVINO's choice, one a physical core.
         precision: ``auto`` is bf16 where the processor computes in it, fp32 elsewhere.
         cache_dir: where compiled networks are kept; None for the platform's cache folder, False for nowhere.
 
@@ -82,8 +82,7 @@ class CpuBackend(FrameBackend):
             self._threads = int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
         except RuntimeError as error:
             raise BackendUnavailableError(f"cpu: OpenVINO cannot compile the network: {error}") from error
-        self._last: int | None = None
-        self._kept: tuple[int, Array] | None = None
+        self._kept: tuple[int, Array | None] | None = None  # the last seed, and its noise once it came twice
         # Requests and their input arrays, one for every thread that has been inside _frame at the same time.
         self._requests: SimpleQueue[tuple[Any, Array]] = SimpleQueue()
         self._requests.put(self._request())
@@ -143,11 +142,11 @@ class CpuBackend(FrameBackend):
 
         Kept in one assignment, so that threads may race.
         """
-        if self._last != seed:
-            self._last, self._kept = seed, None
-            return None
         kept = self._kept
         if kept is None or kept[0] != seed:
+            self._kept = (seed, None)
+            return None
+        if kept[1] is None:
             image, draws = self._config.image, self._config.diffusion.draws
             shape = (image.channels, image.height, image.width)
             size = image.channels * image.height * image.width
@@ -169,12 +168,21 @@ def _version() -> str:
 
 def _choose(core: Any, precision: Precision) -> str:
     """``fp32`` or ``bf16``; bf16 only where the processor computes in it, as elsewhere it would be emulated."""
-    native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    native = _has_bf16(core)
     if precision == "bf16" and not native:
         raise BackendUnavailableError(
             f"cpu: {core.get_property('CPU', 'FULL_DEVICE_NAME')} has no bf16 arithmetic; use precision='fp32'"
         )
     return "bf16" if native and precision != "fp32" else "fp32"
+
+
+def _has_bf16(core: Any) -> bool:
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def precisions() -> tuple[str, ...]:
+    """What this processor computes in: ``fp32``, and ``bf16`` where it would not be emulated."""
+    return ("fp32", "bf16") if _has_bf16(ov.Core()) else ("fp32",)
 
 
 def compile_network(

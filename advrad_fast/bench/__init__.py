@@ -75,7 +75,7 @@ def _rows(
     threads: int | None,
     compile_torch: bool,
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    options: dict[str, Any] = {"seconds": seconds, "compile_torch": compile_torch}
+    options: dict[str, Any] = {"seconds": seconds, "threads": threads, "compile_torch": compile_torch}
     if "operations" in parts:
         yield from ((row, {}) for row in operations.rows(top, seconds=seconds, threads=threads))
     if "network" in parts:

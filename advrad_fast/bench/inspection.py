@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from advrad_fast.backends.cpu import precisions
 from advrad_fast.bench.timing import alternate, row
 from advrad_fast.detector import Detector
 from advrad_fast.errors import InferenceError
@@ -69,7 +70,6 @@ def rows(
     model: ModelFile,
     frames: Frames,
     *,
-    precisions: tuple[str, ...] = ("fp32", "bf16"),
     seconds: float = 5.0,
     threads: int | None = None,
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -83,7 +83,7 @@ def rows(
     reference = Detector(model, backend="reference")
     checked = {**drawn_frames(*shape), **frames}
     timed = list(frames.values()) or [checked["noise"]]
-    for precision in precisions:
+    for precision in precisions():
         detector = Detector(model, backend="cpu", precision=precision, threads=threads)
         found = parity(detector, reference, checked)
         if found.score_worst > BOUNDS[precision] or found.flips:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from advrad_fast.backends.cpu import compile_network
+from advrad_fast.backends.cpu import compile_network, precisions
 from advrad_fast.bench.peaks import Peaks
 from advrad_fast.bench.timing import alternate, row
 from advrad_fast.config import DetectorConfig
@@ -55,8 +55,8 @@ def rows(
     peaks: Peaks,
     *,
     batches: tuple[int, ...] = (1, 8),
-    precisions: tuple[str, ...] = ("fp32", "bf16"),
     seconds: float = 6.0,
+    threads: int | None = None,
     compile_torch: bool = True,
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Rows of one network at each batch and precision of the ``cpu`` backend, each with its FLOPs and PyTorch's times.
@@ -75,8 +75,8 @@ def rows(
         x = torch.from_numpy(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
         timesteps = torch.full((batch,), config.diffusion.timestep)
         engines: dict[str, Any] = {}
-        for precision in precisions:
-            request = compile_network(config, weights, precision, batch=batch).create_infer_request()
+        for precision in precisions():
+            request = compile_network(config, weights, precision, batch=batch, threads=threads).create_infer_request()
             request.set_input_tensor(_tensor(x.numpy()))
             engines[precision] = request
         with torch.inference_mode():
@@ -91,7 +91,7 @@ def rows(
             )
         best = min((t for key, t in timings.items() if key.startswith("torch")), key=lambda t: t.p50)
         work = flops(config, weights, batch)
-        for precision in precisions:
+        for precision in engines:
             timing = timings[precision]
             share = work / (timing.p50 / 1e3) / getattr(peaks, precision)
             size = (image.height, image.width, image.channels)
@@ -106,7 +106,7 @@ def rows(
                 best_torch=best,
                 peak_share=share,
             )
-            others = {key: round(t.p50, 3) for key, t in timings.items() if key not in precisions}
+            others = {key: round(t.p50, 3) for key, t in timings.items() if key not in engines}
             yield result, {"GFLOP": round(work / 1e9, 3), "torch_p50_ms": others}
 
 
