@@ -9,14 +9,53 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <vector>
 
 #if !defined(_WIN32)
 #include <pthread.h>
+#endif
+#if defined(__linux__)
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace advrad {
 
 namespace {
+
+// Linux wakes a thread beside its waker unless the two share a cache with an idle processor, which in many virtual machines none
+// does: it would wait for its waker's processor, for milliseconds.  So the workers are kept off the processor of whoever has work.
+#if defined(__linux__)
+class Elsewhere {
+   public:
+    void add() { workers_.push_back({static_cast<pid_t>(syscall(SYS_gettid)), -1}); }
+    void keep_off_this() {
+        const int here = sched_getcpu();
+        if (here < 0 || here >= CPU_SETSIZE) return;
+        for (Worker& worker : workers_) {
+            if (worker.kept_off == here) continue;
+            cpu_set_t others;
+            if (sched_getaffinity(0, sizeof others, &others) != 0) return;
+            CPU_CLR(here, &others);
+            if (CPU_COUNT(&others) == 0 || sched_setaffinity(worker.id, sizeof others, &others) != 0) return;
+            worker.kept_off = here;
+        }
+    }
+
+   private:
+    struct Worker {
+        pid_t id;
+        int kept_off;
+    };
+    std::vector<Worker> workers_;
+};
+#else
+struct Elsewhere {
+    void add() {}
+    void keep_off_this() {}
+};
+#endif
 
 struct Job {
     Job(std::size_t tasks_, std::size_t threads, const std::function<void(std::size_t, std::size_t)>& work_)
@@ -57,6 +96,7 @@ class Pool {
                 // No more threads to be had: those there are do all the work.
             }
             jobs_.push_back(&job);
+            elsewhere_.keep_off_this();
         }
         if (threads > 2)
             wake_.notify_all();
@@ -77,6 +117,7 @@ class Pool {
    private:
     void serve() {
         std::unique_lock<std::mutex> lock(mutex_);
+        elsewhere_.add();
         for (;;) {
             wake_.wait(lock, [this] { return !jobs_.empty(); });
             Job* job = jobs_.front();
@@ -100,6 +141,7 @@ class Pool {
     std::condition_variable wake_;
     std::deque<Job*> jobs_;
     std::size_t workers_ = 0;
+    Elsewhere elsewhere_;
 };
 
 // Never destroyed: its threads outlive main.  A forked child has none of them, and starts with a pool of its own.
