@@ -166,5 +166,23 @@ class Network:
         """Memory for one run at a time."""
 
     def run(self, workspace: Workspace, x: NDArray[np.float32], out: NDArray[np.float32]) -> None: ...
+    def profile(self, workspace: Workspace, x: NDArray[np.float32], out: NDArray[np.float32]) -> list[float]:
+        """:meth:`run`, and the seconds of every operation in turn: the input's folding, then as they were added, an attention
+        as two."""
+
+    def run_noised(
+        self,
+        workspace: Workspace,
+        image: NDArray[np.uint8],
+        seed: int,
+        signal: float,
+        noise: float,
+        input_scale: float,
+        normals: NDArray[np.float32] | None,
+        out: NDArray[np.float32],
+        *,
+        first_draw: int = 0,
+    ) -> None:
+        """:meth:`run` on the inputs that :func:`noise` makes of one image (1, H, W, C) and ``batch`` draws."""
 
 class Workspace: ...

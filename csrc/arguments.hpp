@@ -62,12 +62,14 @@ inline float real(const char* name, py::handle value, double low = -static_cast<
 // A C-contiguous array of T; in `shape`, -1 stands for any size above 0 and -2 for any size.
 template <typename T>
 py::array_t<T> array(const char* name, py::handle value, const std::vector<py::ssize_t>& shape, bool writable) {
-    std::string wanted = std::string(writable ? "a writable " : "a ") + "C-contiguous " +
-                         std::string(py::str(py::dtype::of<T>())) + " array of shape (";
-    for (std::size_t i = 0; i < shape.size(); ++i)
-        wanted += (i ? ", " : "") + (shape[i] < 0 ? std::string("*") : std::to_string(shape[i]));
-    wanted += ")";
-    if (!py::isinstance<py::array>(value)) refuse(name, wanted, std::string(py::str(py::type::handle_of(value))));
+    const auto wanted = [&] {
+        std::string text = std::string(writable ? "a writable " : "a ") + "C-contiguous " +
+                           std::string(py::str(py::dtype::of<T>())) + " array of shape (";
+        for (std::size_t i = 0; i < shape.size(); ++i)
+            text += (i ? ", " : "") + (shape[i] < 0 ? std::string("*") : std::to_string(shape[i]));
+        return text + ")";
+    };
+    if (!py::isinstance<py::array>(value)) refuse(name, wanted(), std::string(py::str(py::type::handle_of(value))));
     const auto any = py::reinterpret_borrow<py::array>(value);
     bool fits = py::isinstance<py::array_t<T, 0>>(value) && any.ndim() == static_cast<py::ssize_t>(shape.size());
     for (std::size_t i = 0; fits && i < shape.size(); ++i)
@@ -76,7 +78,7 @@ py::array_t<T> array(const char* name, py::handle value, const std::vector<py::s
     constexpr int contiguous = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
     fits = fits && (any.flags() & contiguous) == contiguous;
     if (!fits || (writable && !any.writeable()))
-        refuse(name, wanted,
+        refuse(name, wanted(),
                std::string(py::str(any.dtype())) + " of shape " + std::string(py::str(any.attr("shape"))) + ", strides " +
                    std::string(py::str(any.attr("strides"))) + (any.writeable() ? "" : ", read-only"));
     return py::reinterpret_borrow<py::array_t<T>>(value);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -57,6 +58,15 @@ struct Elsewhere {
 };
 #endif
 
+// Waits for a tenth of a millisecond at most: a frame's operations come in quick succession, and to be woken takes longer than the
+// pauses between them.
+template <typename Ready>
+void spin(Ready ready) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+    while (!ready() && std::chrono::steady_clock::now() < end)
+        for (int i = 0; i < 8 && !ready(); ++i) pause_briefly();
+}
+
 struct Job {
     Job(std::size_t tasks_, std::size_t threads, const std::function<void(std::size_t, std::size_t)>& work_)
         : tasks(tasks_), helpers(threads - 1), work(work_) {}
@@ -80,7 +90,7 @@ struct Job {
     std::atomic<std::size_t> next{0};
     std::mutex mutex;
     std::condition_variable done;
-    std::size_t active = 0;  // helpers at work; guarded by `mutex`
+    std::atomic<std::size_t> active{0};  // helpers at work; changed under `mutex`
     std::exception_ptr error;
 };
 
@@ -96,6 +106,7 @@ class Pool {
                 // No more threads to be had: those there are do all the work.
             }
             jobs_.push_back(&job);
+            waiting_.store(jobs_.size(), std::memory_order_relaxed);
             elsewhere_.keep_off_this();
         }
         if (threads > 2)
@@ -108,9 +119,11 @@ class Pool {
             const std::lock_guard<std::mutex> lock(mutex_);
             const auto place = std::find(jobs_.begin(), jobs_.end(), &job);
             if (place != jobs_.end()) jobs_.erase(place);
+            waiting_.store(jobs_.size(), std::memory_order_relaxed);
         }
+        spin([&] { return job.active.load(std::memory_order_acquire) == 0; });
         std::unique_lock<std::mutex> lock(job.mutex);
-        job.done.wait(lock, [&] { return job.active == 0; });
+        job.done.wait(lock, [&] { return job.active.load(std::memory_order_relaxed) == 0; });
         if (job.error) std::rethrow_exception(job.error);
     }
 
@@ -119,10 +132,16 @@ class Pool {
         std::unique_lock<std::mutex> lock(mutex_);
         elsewhere_.add();
         for (;;) {
+            if (jobs_.empty()) {
+                lock.unlock();
+                spin([this] { return waiting_.load(std::memory_order_relaxed) > 0; });
+                lock.lock();
+            }
             wake_.wait(lock, [this] { return !jobs_.empty(); });
             Job* job = jobs_.front();
             const std::size_t slot = ++job->joined;
             if (job->joined == job->helpers) jobs_.pop_front();
+            waiting_.store(jobs_.size(), std::memory_order_relaxed);
             {
                 const std::lock_guard<std::mutex> guard(job->mutex);
                 ++job->active;
@@ -140,6 +159,7 @@ class Pool {
     std::mutex mutex_;
     std::condition_variable wake_;
     std::deque<Job*> jobs_;
+    std::atomic<std::size_t> waiting_{0};  // jobs, for a look without the mutex
     std::size_t workers_ = 0;
     Elsewhere elsewhere_;
 };

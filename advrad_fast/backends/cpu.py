@@ -27,7 +27,7 @@ from advrad_fast.backends.base import (
     milliseconds,
     now,
 )
-from advrad_fast.backends.native_engine import KERNELS, NativeEngine
+from advrad_fast.backends.native_engine import KERNELS, NativeEngine, NativeRequest
 from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import BackendUnavailableError
 from advrad_fast.graph import check_weights
@@ -102,7 +102,7 @@ class CpuBackend(FrameBackend):
         self._requests: SimpleQueue[Request] = SimpleQueue()
         self._requests.put(self._engine.request())
 
-    def _frame(self, image: NDArray[np.uint8], seed: int, want_map: bool) -> Frame:
+    def _frame(self, image: NDArray[np.uint8], seed: int, maps: Array | None) -> Frame:
         config, c = self._config, self._coefficients
         draws = config.diffusion.draws
         threads = self._engine.threads
@@ -112,16 +112,18 @@ class CpuBackend(FrameBackend):
             request = self._engine.request()
         start = now()
         normals = self._normals(seed)
-        x = request.x
-        operations.noise(image, draws, seed, c.signal, c.noise, c.input_scale, x, normals=normals, threads=threads)
-        noised = now()
-        outputs = request.infer()  # the request's own memory: read before it goes back to the queue
+        if isinstance(request, NativeRequest) and not c.skip:  # the error needs no inputs: they are made where the network reads
+            noised = now()
+            outputs = request.infer_noised(image, seed, c.signal, c.noise, c.input_scale, normals)
+        else:
+            operations.noise(image, draws, seed, c.signal, c.noise, c.input_scale, request.x, normals=normals, threads=threads)
+            noised = now()
+            outputs = request.infer()  # the request's own memory: read before it goes back to the queue
         inferred = now()
         scores = np.empty(1, dtype=np.float32)
-        maps = np.empty((1, *image.shape[1:3]), dtype=np.float32) if want_map else None
         operations.reconstruction_error(
             image,
-            x if c.skip else None,
+            request.x if c.skip else None,
             outputs,
             draws,
             *self._error_coefficients,
@@ -138,7 +140,6 @@ class CpuBackend(FrameBackend):
             self._requests.put(request)
         return Frame(
             score=float(scores[0]),
-            map=None if maps is None else maps[0],
             noise=milliseconds(start, noised),
             network=milliseconds(noised, inferred),
             error=milliseconds(inferred, end),

@@ -83,6 +83,18 @@ class NativeRequest:
         self._network.run(self._workspace, self.x, self._out)
         return self._out
 
+    def infer_noised(
+        self, image: NDArray[np.uint8], seed: int, signal: float, noise: float, input_scale: float, normals: Array | None
+    ) -> Array:
+        """The same on what :func:`advrad_fast._native.noise` would fill :attr:`x` with, which is left alone.
+
+        Args:
+            image: uint8 (1, H, W, C); draw i of the batch has draw i of the stream.
+            normals: float32 (batch, C, H, W), the stream's if they are at hand.
+        """
+        self._network.run_noised(self._workspace, image, seed, signal, noise, input_scale, normals, self._out)
+        return self._out
+
 
 def physical_cores() -> int:
     """How many cores this process may run on; hardware threads of one core share its matrix unit, and count once."""

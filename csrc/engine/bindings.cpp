@@ -91,6 +91,32 @@ struct PyNetwork {
         network.run(workspace, from, to);
     }
 
+    std::vector<double> profile(Workspace& workspace, py::handle x_, py::handle out_) const {
+        const auto x = array<float>("x", x_, shape, false);
+        auto out = array<float>("out", out_, shape, true);
+        return network.profile(workspace, x.data(), out.mutable_data());
+    }
+
+    void run_noised(Workspace& workspace, py::handle image_, py::handle seed, py::handle signal, py::handle noise,
+                    py::handle input_scale, py::handle normals_, py::handle out_, py::handle first_draw) const {
+        if (shape[1] != 1 && shape[1] != 3) refuse("image", "a network of 1 or 3 channels", std::to_string(shape[1]));
+        const auto image = array<std::uint8_t>("image", image_, {1, shape[2], shape[3], shape[1]}, false);
+        Noised noised{image.data(), integer("seed", seed, 0, UINT64_MAX), {}};
+        noised.settings.signal = real("signal", signal);
+        noised.settings.noise = real("noise", noise);
+        noised.settings.input_scale = real("input_scale", input_scale);
+        noised.settings.first_draw = static_cast<std::uint32_t>(integer("first_draw", first_draw, 0, UINT32_MAX - size(0) + 1));
+        py::array_t<float> normals;
+        if (!normals_.is_none()) {
+            normals = array<float>("normals", normals_, shape, false);
+            noised.settings.normals = normals.data();
+        }
+        auto out = array<float>("out", out_, shape, true);
+        float* to = out.mutable_data();
+        py::gil_scoped_release release;
+        network.run(workspace, noised, to);
+    }
+
     const Kernels* kernels;
     std::vector<py::ssize_t> shape;
     Network network;
@@ -122,7 +148,10 @@ void bind(py::module_& m) {
             "tensor"_a, "out"_a, "heads"_a)
         .def("finish", [](PyNetwork& self) { self.network.finish(); })
         .def("workspace", [](const PyNetwork& self) { return self.network.workspace(); })
-        .def("run", &PyNetwork::run, "workspace"_a, "x"_a, "out"_a);
+        .def("run", &PyNetwork::run, "workspace"_a, "x"_a, "out"_a)
+        .def("profile", &PyNetwork::profile, "workspace"_a, "x"_a, "out"_a)
+        .def("run_noised", &PyNetwork::run_noised, "workspace"_a, "image"_a, "seed"_a, "signal"_a, "noise"_a, "input_scale"_a,
+             "normals"_a, "out"_a, py::kw_only(), "first_draw"_a = 0);
     m.def("engine_kernels", [] {
         std::vector<std::string> names;
         if (amx_kernels()) names.emplace_back("amx");

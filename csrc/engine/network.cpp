@@ -1,6 +1,7 @@
 #include "network.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <map>
 #include <stdexcept>
 #include <thread>
@@ -46,10 +47,13 @@ void pack_weights(const std::vector<Source>& sources, const std::vector<Tensor>&
     }
 }
 
-void work(const Plan& plan, Workspace& workspace, const float* x, float* out, std::size_t slot) {
-    const Task task{plan, workspace, x, out, workspace.scratch.data() + slot * plan.scratch,
+void work(const Plan& plan, Workspace& workspace, const float* x, const Noised* noised, float* out, std::size_t slot,
+          double* seconds) {
+    const Task task{plan, workspace, x, noised, out, workspace.scratch.data() + slot * plan.scratch,
                     workspace.scratch_floats.data() + slot * plan.scratch_floats};
     plan.kernels->begin();
+    using Clock = std::chrono::steady_clock;
+    Clock::time_point before = seconds ? Clock::now() : Clock::time_point();
     for (std::size_t o = 0; o < plan.operations.size(); ++o) {
         const Operation& operation = plan.operations[o];
         const std::size_t chunks = plan.batch * operation.chunks;
@@ -69,10 +73,13 @@ void work(const Plan& plan, Workspace& workspace, const float* x, float* out, st
         }
         // Whoever has claimed a chunk is at work on it, so this ends however many threads there are.
         for (std::size_t spins = 0; workspace.done[o].load(std::memory_order_acquire) < chunks; ++spins) {
-#if defined(__x86_64__)
-            __builtin_ia32_pause();
-#endif
+            pause_briefly();
             if (spins > 4096) std::this_thread::yield();
+        }
+        if (seconds && slot == 0) {
+            const Clock::time_point now = Clock::now();
+            seconds[o] = std::chrono::duration<double>(now - before).count();
+            before = now;
         }
     }
     plan.kernels->end();
@@ -93,6 +100,7 @@ Network::Network(std::size_t batch, std::size_t channels, std::size_t height, st
     fold.width = width / patch;
     fold.out = static_cast<std::ptrdiff_t>(tensor(height / patch, width / patch, channels * patch * patch));
     plan_->operations.push_back(fold);
+    plan_->scratch_floats = width;
 }
 
 Network::~Network() = default;
@@ -286,12 +294,25 @@ std::unique_ptr<Workspace> Network::workspace() const {
     return std::make_unique<Workspace>(*plan_);
 }
 
-void Network::run(Workspace& workspace, const float* x, float* out) const {
+void Network::run(Workspace& workspace, const float* x, float* out) const { run(workspace, x, nullptr, out, nullptr); }
+
+void Network::run(Workspace& workspace, const Noised& noised, float* out) const {
+    run(workspace, nullptr, &noised, out, nullptr);
+}
+
+std::vector<double> Network::profile(Workspace& workspace, const float* x, float* out) const {
+    std::vector<double> seconds(plan_->operations.size());
+    run(workspace, x, nullptr, out, seconds.data());
+    return seconds;
+}
+
+void Network::run(Workspace& workspace, const float* x, const Noised* noised, float* out, double* seconds) const {
     require(workspace.owner == plan_.get(), "the workspace is another network's");
     for (Claim& claim : workspace.claims) claim.taken.store(false, std::memory_order_relaxed);
     for (auto& done : workspace.done) done.store(0, std::memory_order_relaxed);
     const Plan& plan = *plan_;
-    parallel(plan.threads, plan.threads, [&](std::size_t, std::size_t slot) { work(plan, workspace, x, out, slot); });
+    parallel(plan.threads, plan.threads,
+             [&](std::size_t, std::size_t slot) { work(plan, workspace, x, noised, out, slot, seconds); });
 }
 
 }  // namespace advrad::engine

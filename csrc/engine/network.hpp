@@ -42,6 +42,13 @@ struct Convolution {
     std::ptrdiff_t out = kNone;  // kNone: the network's output, fp32
 };
 
+// Inputs that are made on the way in: image `n` of the batch has draw first_draw + n of the noise.
+struct Noised {
+    const std::uint8_t* image;  // height x width pixels, interleaved channels
+    std::uint64_t seed;
+    NoiseSettings settings;  // without lattice
+};
+
 class Plan;
 class Workspace;
 
@@ -61,11 +68,13 @@ class Network {
 
     std::unique_ptr<Workspace> workspace() const;
     void run(Workspace& workspace, const float* x, float* out) const;
-    // The same, `seconds` of every operation added to: for finding out where the time goes.
-    std::size_t operations() const;
-    const Plan& plan() const { return *plan_; }
+    void run(Workspace& workspace, const Noised& noised, float* out) const;
+    // The same as the first, and where the time goes: seconds of every operation, in the order in which they were added.  The
+    // input's folding comes first, and an attention is two.
+    std::vector<double> profile(Workspace& workspace, const float* x, float* out) const;
 
    private:
+    void run(Workspace& workspace, const float* x, const Noised* noised, float* out, double* seconds) const;
     std::unique_ptr<Plan> plan_;
 };
 

@@ -97,6 +97,23 @@ void unfold(const Task& task, const Operation& op, std::size_t image, std::size_
         for (std::size_t m = 0; m < tile.valid; ++m) out[static_cast<std::size_t>(op.unfold[first + k]) + m * patch] = sums[m * kBlock + k];
 }
 
+// `count` inputs of one channel from `pixel` on, made of the frame and its noise.
+void make(const Plan& plan, const Noised& noised, std::size_t image, std::size_t channel, std::size_t pixel, std::size_t count,
+          float* x) {
+    float drawn[kNoiseBlock + 8];
+    const std::size_t plane = plan.height * plan.width;
+    for (std::size_t done = 0; done < count; done += kNoiseBlock) {
+        const std::size_t some = std::min(kNoiseBlock, count - done), element = channel * plane + pixel + done;
+        const float* eps = drawn + element % 4;
+        if (noised.settings.normals != nullptr)
+            eps = noised.settings.normals + image * plan.channels * plane + element;
+        else
+            normals({noised.seed, noised.settings.first_draw + static_cast<std::uint32_t>(image), 0, 0},
+                    static_cast<std::uint32_t>(element / 4), (element % 4 + some + 3) / 4, drawn);
+        noised_pixels(noised.image + (pixel + done) * plan.channels, plan.channels, channel, some, eps, noised.settings, x + done);
+    }
+}
+
 }  // namespace
 
 void fold(const Task& task, const Operation& op, std::size_t image, std::size_t part) {
@@ -107,9 +124,16 @@ void fold(const Task& task, const Operation& op, std::size_t image, std::size_t 
     Bf16* to = task.workspace.activations.data() + out.memory + image * out.image();
     for (std::size_t y = rows.begin; y < rows.end; ++y)
         for (std::size_t c = 0; c < plan.channels; ++c)
-            for (std::size_t i = 0; i < patch; ++i)
-                plan.kernels->fold(task.x + ((image * plan.channels + c) * plan.height + y * patch + i) * plan.width, plan.width,
-                                   patch, to + (y + 1) * out.pitch() + out.channels + (c * patch + i) * patch, out.channels);
+            for (std::size_t i = 0; i < patch; ++i) {
+                const std::size_t pixel = (y * patch + i) * plan.width;
+                const float* x = task.floats;
+                if (task.x)
+                    x = task.x + (image * plan.channels + c) * plan.height * plan.width + pixel;
+                else
+                    make(plan, *task.noised, image, c, pixel, plan.width, task.floats);
+                plan.kernels->fold(x, plan.width, patch, to + (y + 1) * out.pitch() + out.channels + (c * patch + i) * patch,
+                                   out.channels);
+            }
 }
 
 void convolve(const Task& task, const Operation& op, std::size_t image, std::size_t part) {

@@ -114,7 +114,8 @@ class Workspace {
 struct Task {
     const Plan& plan;
     Workspace& workspace;
-    const float* x;
+    const float* x;  // null: `noised`
+    const Noised* noised;
     float* out;
     Bf16* scratch;
     float* floats;
