@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("model", type=Path, nargs="?", help="a model file (default: the demo's)")
     bench.add_argument("--frames", type=Path, help="images that the model is for (default: drawn frames)")
-    bench.add_argument("--parts", default="operations,network,inspect", help="of operations, network, inspect, paper-like")
+    bench.add_argument(
+        "--parts", default="operations,network,inspect,votes", help="of operations, network, inspect, votes, paper-like"
+    )
     bench.add_argument("--seconds", type=float, default=4.0, help="for each set of contestants (default 4)")
     bench.add_argument("--threads", type=int, help="of the operations and the engine (default: the machine's)")
     bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes a minute a network")

@@ -167,7 +167,7 @@ def status() -> BackendStatus:
     """What :class:`CpuBackend` would run here."""
     kind, precision = choose("auto")
     engine = "native engine (AMX)" if kind == "native" else f"OpenVINO {_openvino().version()}"
-    return BackendStatus("cpu", True, f"{_processor()}, {engine}, {precision}")
+    return BackendStatus("cpu", True, f"{processor()}, {engine}, {precision}")
 
 
 def precisions() -> tuple[Precision, ...]:
@@ -192,7 +192,7 @@ def choose(precision: Precision, engine: EngineName = "auto") -> tuple[str, str]
     if _openvino().computes_bf16():
         return "openvino", "bf16"
     if precision == "bf16":
-        raise BackendUnavailableError(f"cpu: {_processor()} has no bf16 arithmetic; use precision='fp32'")
+        raise BackendUnavailableError(f"cpu: {processor()} has no bf16 arithmetic; use precision='fp32'")
     return "openvino", "fp32"
 
 
@@ -228,7 +228,8 @@ def _openvino() -> Any:
     return importlib.import_module("advrad_fast.backends.openvino_engine")
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

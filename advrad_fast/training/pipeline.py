@@ -89,7 +89,12 @@ def train(
     samples = load_samples(paths)
     net = _network(chosen, samples, {"prediction": prediction, "patch": patch, **(unet or {})}, grey=grey)
     image = image_config(samples, net, size=size, align=align, brightness=brightness)
-    if preset_name == "fast" and patch is None and "patch" not in (unet or {}) and image.height * image.width <= _FINE_STEM_PIXELS:
+    if (
+        preset_name == "fast"
+        and patch is None
+        and "patch" not in (unet or {})
+        and image.height * image.width <= _FINE_STEM_PIXELS
+    ):
         net = dataclasses.replace(net, patch=2)
     diffusion = DiffusionConfig(draws=draws if draws is not None else 1, timestep=min(100, train_settings.timestep_high))
     config = DetectorConfig(net, diffusion, chosen.score, image)
