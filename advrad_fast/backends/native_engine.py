@@ -112,7 +112,7 @@ def _float32(array: NDArray[Any]) -> Array:
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
-class _Builder:
+class Builder:
     """The plan as it grows; tensors are numbers, and an activation is one tensor or two that stand side by side."""
 
     def __init__(
@@ -275,6 +275,6 @@ def build_network(
         kernels=kernels,
     )
     with np.errstate(over="ignore", invalid="ignore"):  # damaged weights show as a non-finite score, not as a warning
-        _Builder(network, config, weights, (height, width), timestep).unet()
+        Builder(network, config, weights, (height, width), timestep).unet()
     network.finish()
     return network

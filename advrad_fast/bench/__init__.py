@@ -81,7 +81,7 @@ def _rows(
     if "network" in parts:
         yield from network.rows(model.stem, loaded.config, loaded.weights, top, **options)
     if "paper-like" in parts:
-        weights = {n: _random(s, i) for i, (n, s) in enumerate(expected_tensors(PAPER_LIKE).items())}
+        weights = {n: random_weights(s, i) for i, (n, s) in enumerate(expected_tensors(PAPER_LIKE).items())}
         yield from network.rows("paper-like", DetectorConfig(unet=PAPER_LIKE), weights, top, **options)
     if "votes" in parts:
         yield from votes.rows(model.stem, loaded, seconds=seconds, threads=threads)
@@ -95,7 +95,7 @@ def _tera(rate: float) -> float:
     return round(rate / 1e12, 3)
 
 
-def _random(shape: tuple[int, ...], seed: int) -> Any:
+def random_weights(shape: tuple[int, ...], seed: int) -> Any:
     """Weights under which activations stay near 1: the time does not depend on their values, parity checks do."""
     rng = np.random.default_rng(seed)
     values = rng.standard_normal(shape, dtype=np.float32)
