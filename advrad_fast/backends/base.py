@@ -14,8 +14,8 @@ from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import ConfigError, ImageError, InferenceError, ModelFileError, expected
 from advrad_fast.philox import check_seed
 
-Precision = Literal["auto", "fp32", "bf16"]
-PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16")
+Precision = Literal["auto", "fp32", "bf16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16", "int8")
 
 MAX_THREADS = 1024
 
@@ -46,7 +46,7 @@ class Backend(Protocol):
 
     @property
     def precision(self) -> str:
-        """What the network computes in: ``fp32`` or ``bf16``."""
+        """What the network computes in: ``fp32``, ``bf16`` or ``int8``."""
 
     def score(self, images: NDArray[np.uint8], *, seed: int, want_maps: bool) -> Scores:
         """Score images.  An image's result depends on it and on ``seed``, never on its neighbours.

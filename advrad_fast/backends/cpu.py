@@ -29,7 +29,7 @@ from advrad_fast.backends.base import (
 )
 from advrad_fast.backends.native_engine import KERNELS, NativeEngine, NativeRequest
 from advrad_fast.config import DetectorConfig
-from advrad_fast.errors import BackendUnavailableError
+from advrad_fast.errors import BackendUnavailableError, ConfigError, expected
 from advrad_fast.graph import check_weights
 
 EngineName = Literal["auto", "native", "openvino"]
@@ -61,7 +61,7 @@ class CpuBackend(FrameBackend):
         weights: float32, exactly :func:`advrad_fast.graph.expected_tensors` of ``config.unet``.
         mu, inverse_spread: float32 (H, W), the normal map and one over its spread; copied.
         threads: of the network and the operations around it; None for one a physical core.
-        precision: ``auto`` is bf16 where the processor computes in it, fp32 elsewhere.
+        precision: ``auto`` is bf16 where the processor computes in it, fp32 elsewhere; ``int8`` needs :func:`calibrate_int8`.
         cache_dir: where OpenVINO's compiled networks are kept; None for the platform's cache folder, False for nowhere.
         engine: ``native`` needs a processor with AMX, and is the choice there in bf16; ``openvino`` runs everywhere.
 
@@ -176,17 +176,17 @@ def precisions() -> tuple[Precision, ...]:
 
 
 def choose(precision: Precision, engine: EngineName = "auto") -> tuple[str, str]:
-    """The engine, ``native`` or ``openvino``, and the precision, ``fp32`` or ``bf16``.
+    """The engine, ``native`` or ``openvino``, and the precision, ``fp32``, ``bf16`` or ``int8``.
 
     bf16 only where the processor computes in it: in the native engine where there are AMX tiles, else in OpenVINO.
 
     Raises:
         BackendUnavailableError: the processor cannot do what was asked for.
     """
-    if engine == "native" and (precision == "fp32" or "amx" not in KERNELS):
+    if engine == "native" and (precision in ("fp32", "int8") or "amx" not in KERNELS):
         raise BackendUnavailableError("cpu: the native engine computes in bf16 and needs a processor with AMX")
-    if precision == "fp32":
-        return "openvino", "fp32"
+    if precision in ("fp32", "int8"):
+        return "openvino", precision
     if engine != "openvino" and "amx" in KERNELS:
         return "native", "bf16"
     if _openvino().computes_bf16():
@@ -221,6 +221,34 @@ def compile_network(
     if kind == "native":
         return NativeEngine(config, weights, batch=batch, threads=threads)
     return _openvino().OpenVinoEngine(config, weights, chosen, batch=batch, threads=threads, folder=folder)  # type: ignore[no-any-return]
+
+
+def calibrate_int8(
+    config: DetectorConfig, weights: Mapping[str, Array], images: NDArray[np.uint8], *, cache_dir: cache.CacheDir = None
+) -> None:
+    """Calibrate a network for ``precision="int8"`` and put it into the cache, for every detector of these weights.
+
+    Args:
+        images: uint8 (N, H, W, C), prepared normals; a few dozen do.
+
+    Raises:
+        ConfigError: there is no cache folder, or there are no images.
+        BackendUnavailableError: nncf is not installed, or the cache cannot be written.
+    """
+    folder = cache.folder(cache_dir)
+    if folder is None:
+        raise ConfigError(expected("cache_dir", "a folder to keep the int8 network in", cache_dir))
+    if len(images) == 0:
+        raise ConfigError(expected("images", "at least one image", 0))
+    diffusion = config.diffusion
+    bar = float(schedule.alpha_bar(diffusion)[diffusion.timestep])
+    c = schedule.coefficients(config.unet.prediction, bar, config.unet.sigma_data)
+    inputs = []
+    for i, image in enumerate(images):
+        x = np.empty((diffusion.draws, config.image.channels, config.image.height, config.image.width), dtype=np.float32)
+        operations.noise(np.ascontiguousarray(image[None]), len(x), i, c.signal, c.noise, c.input_scale, x)
+        inputs.append(x)
+    _openvino().quantise(config, weights, inputs, batch=diffusion.draws, folder=folder)
 
 
 def _openvino() -> Any:
