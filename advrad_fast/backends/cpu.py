@@ -175,6 +175,12 @@ def precisions() -> tuple[Precision, ...]:
     return ("fp32", "bf16") if "amx" in KERNELS or _openvino().computes_bf16() else ("fp32",)
 
 
+def has_int8(config: DetectorConfig, weights: Mapping[str, Array], *, cache_dir: cache.CacheDir = None) -> bool:
+    """Whether :func:`calibrate_int8` has been here."""
+    found: bool = _openvino().has_int8(config, weights, batch=config.diffusion.draws, folder=cache.folder(cache_dir))
+    return found
+
+
 def choose(precision: Precision, engine: EngineName = "auto") -> tuple[str, str]:
     """The engine, ``native`` or ``openvino``, and the precision, ``fp32``, ``bf16`` or ``int8``.
 
