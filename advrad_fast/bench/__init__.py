@@ -77,7 +77,7 @@ def _rows(
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     options: dict[str, Any] = {"seconds": seconds, "threads": threads, "compile_torch": compile_torch}
     if "operations" in parts:
-        yield from ((row, {}) for row in operations.rows(top, seconds=seconds, threads=threads))
+        yield from ((row, {}) for row in operations.rows(top, **options))
     if "network" in parts:
         yield from network.rows(model.stem, loaded.config, loaded.weights, top, **options)
     if "paper-like" in parts:

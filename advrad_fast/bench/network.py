@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,13 +12,11 @@ from numpy.typing import NDArray
 
 from advrad_fast.backends.cpu import Request, compile_network, precisions
 from advrad_fast.bench.peaks import Peaks
-from advrad_fast.bench.timing import alternate, row
+from advrad_fast.bench.timing import alternate, row, torch_compiled
 from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import InferenceError
 from advrad_fast.graph import build_graph
 from advrad_fast.reference.unet import UNet
-
-_log = logging.getLogger(__name__)
 
 #: Largest error allowed of the network's output, relative L2, by precision.
 PARITY = {"fp32": 1e-4, "bf16": 3e-2}
@@ -128,13 +124,8 @@ def _torch(
         return call
 
     contestants: dict[str, Callable[[], object]] = {"eager": lambda: net(x, timesteps), "torch bf16": bf16(half)}
-    if compile_torch:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                compiled = bf16(torch.compile(half))
-                compiled()
-            contestants["torch bf16 compiled"] = compiled
-        except Exception as error:  # no C++ compiler, or an operation that it refuses
-            _log.warning("torch.compile is left out: %s: %s", type(error).__name__, error)
+    if compile_torch and (compiled := torch_compiled(half)) is not None:
+        with_bf16 = bf16(compiled)
+        with_bf16()
+        contestants["torch bf16 compiled"] = with_bf16
     return contestants

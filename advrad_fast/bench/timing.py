@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
+import shutil
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+_log = logging.getLogger(__name__)
 
 _WARM_UP = 2  # rounds: the first calls pay for memory
 # Seconds before a call: OpenMP's threads spin for a while after their work, and would slow whoever comes next.  No longer than
@@ -50,6 +55,23 @@ def alternate(contestants: Mapping[str, Callable[[], object]], *, seconds: float
         rounds += 1
     quantiles = {name: np.quantile(values, (0.2, 0.5, 0.8, 0.99)) * 1e3 for name, values in durations.items()}
     return {name: Timing(*(float(v) for v in values)) for name, values in quantiles.items()}
+
+
+def torch_compiled(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """``torch.compile(function)``, or None, with a warning, where there is no C++ compiler for it."""
+    import torch
+
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        _log.warning("torch.compile is left out: there is no C++ compiler")
+        return None
+    compiled: Callable[..., Any] = torch.compile(function)
+
+    def quiet(*arguments: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return compiled(*arguments)
+
+    return quiet
 
 
 def row(
