@@ -107,9 +107,8 @@ def main() -> None:
     for name, show in (("inspect ", inspections), ("votes ", votes), ("network ", networks)):
         found = [r for r in rows if r["name"].startswith(name)]
         if found:
-            print(
-                f"### {name.strip()}\n{json.dumps(found[0]['details']['peaks'])}; {found[0]['machine']}; commit {found[0]['commit']}\n"
-            )
+            first = found[0]
+            print(f"### {name.strip()}\n{json.dumps(first['details']['peaks'])}; {first['machine']}; commit {first['commit']}\n")
             show(found)
     rest = [r for r in rows if r["name"].split()[0] not in ("inspect", "votes", "network")]
     if rest:
