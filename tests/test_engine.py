@@ -331,3 +331,19 @@ def test_physical_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert physical_cores(tmp_path) == 3
     (group / "cpu/cpu.cfs_quota_us").write_text("-1\n")
     assert physical_cores(tmp_path) == 4
+
+
+@pytest.mark.skipif("amx" not in KERNELS, reason="this processor has no AMX tiles")
+def test_subnormal_numbers_are_zero_inside_and_only_there() -> None:
+    """SiLU's tail: 90 / (1 + exp(90)) is subnormal in fp32, and slow; the caller's arithmetic keeps its subnormal numbers."""
+    x = np.full((1, 3, 8, 16), -90.0, np.float32)
+    net = network(1, 3, 8, 16, kernels="amx")
+    hidden = net.tensor(8, 16, 3)
+    net.convolution(
+        hidden, np.zeros(3, np.float32), [[(0, np.eye(3, dtype=np.float32)[..., None, None], 1, 0, 0, False)]], silu=True
+    )
+    identity(net, hidden, 3)
+    net.finish()
+    assert np.array_equal(np.abs(run(net, x)), np.zeros_like(x))
+    tiny = np.float32(1e-38)
+    assert tiny * np.float32(0.01) > 0
