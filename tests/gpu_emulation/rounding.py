@@ -80,10 +80,10 @@ def canonical(raw: Array, kind: str) -> Array:
 
 def flush(raw: Array, kind: str) -> Array:
     """.ftz: subnormals become zeros of their sign."""
-    sign, exponent = {"f16": (0x8000, 0x7C00), "bf16": (0x8000, 0x7F80), "f32": (0x80000000, 0x7F800000)}[kind]
     word = raw.dtype.type
-    small = (raw & word(exponent)) == 0
-    return np.where(small, raw & word(sign), raw)
+    sign, mantissa = {"f16": (0x8000, 0x3FF), "bf16": (0x8000, 0x7F), "f32": (0x80000000, 0x7FFFFF)}[kind]
+    subnormal = (raw & word(sign - 1)) - word(1) < word(mantissa)  # a zero wraps around to the largest number
+    return np.where(subnormal, raw & word(sign), raw) if subnormal.any() else raw
 
 
 def saturate(raw: Array, kind: str) -> Array:
