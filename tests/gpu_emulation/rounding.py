@@ -120,22 +120,26 @@ def two_product(a: F64, b: F64) -> tuple[F64, F64]:
     return product, ((ah * bh - product) + ah * bl + al * bh) + al * bl
 
 
-def add(a: F64, b: F64) -> F64:
-    """a + b to odd."""
-    return _odd(*two_sum(a, b))
+def add(a: F64, b: F64, mode: str = "rn") -> F64:
+    """a + b to odd; ``mode`` matters for the sign of a zero alone: towards minus infinity it is negative, unless of +0 and +0."""
+    total = _odd(*two_sum(a, b))
+    if mode == "rm":
+        positive = (a == 0) & (b == 0) & ~np.signbit(a) & ~np.signbit(b)
+        return np.where((total == 0) & ~positive, -0.0, total)
+    return total
 
 
-def multiply(a: F64, b: F64) -> F64:
+def multiply(a: F64, b: F64, mode: str = "rn") -> F64:
     """a * b: exact for factors of at most 26 bits and f32's range."""
     return a * b
 
 
-def multiply_add(a: F64, b: F64, c: F64) -> F64:
+def multiply_add(a: F64, b: F64, c: F64, mode: str = "rn") -> F64:
     """a * b + c to odd, for factors of at most 26 bits and f32's range: then the product is exact."""
-    return add(a * b, c)
+    return add(a * b, c, mode)
 
 
-def divide(a: F64, b: F64) -> F64:
+def divide(a: F64, b: F64, mode: str = "rn") -> F64:
     """a / b to odd, for operands of at most 26 bits and f32's range."""
     quotient = a / b
     product, error = two_product(quotient, b)
@@ -143,7 +147,7 @@ def divide(a: F64, b: F64) -> F64:
     return _odd(quotient, np.where(b < 0, -rest, rest))
 
 
-def square_root(a: F64) -> F64:
+def square_root(a: F64, mode: str = "rn") -> F64:
     """sqrt(a) to odd, for an operand of at most 26 bits and f32's range."""
     root = np.sqrt(a)
     product, error = two_product(root, root)
@@ -177,7 +181,7 @@ def _multiply_add_one(a: float, b: float, c: float) -> float:
     try:
         return float(exact)  # correctly rounded
     except OverflowError:
-        return math.copysign(math.inf, exact)
+        return math.inf if exact > 0 else -math.inf
 
 
 def round_integral(value: F64, mode: str) -> F64:

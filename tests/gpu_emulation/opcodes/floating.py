@@ -77,12 +77,12 @@ def _native(operation: Callable[[Any, Any], Any], kind: str) -> Scalar:
 
 
 def _exact(operation: Callable[..., Array], kind: str, mode: str) -> Scalar:
-    return lambda *operands: rounding.encode(operation(*[rounding.decode(word, kind) for word in operands]), kind, mode)
+    return lambda *operands: rounding.encode(operation(*[rounding.decode(word, kind) for word in operands], mode), kind, mode)
 
 
-BASIC: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]] = {
+BASIC: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any, Any, str], Any]]] = {
     "add": (np.add, rounding.add),
-    "sub": (np.subtract, lambda a, b: rounding.add(a, -b)),
+    "sub": (np.subtract, lambda a, b, mode: rounding.add(a, -b, mode)),
     "mul": (np.multiply, rounding.multiply),
 }
 
@@ -244,7 +244,7 @@ def root_or_reciprocal(build: Build) -> Step:
             return rounding.canonical(near(a.view(native)).view(kind.raw), kind.name)
 
     else:
-        exact = rounding.square_root if is_root else lambda a: rounding.divide(np.ones_like(a), a)
+        exact = rounding.square_root if is_root else lambda a, mode: rounding.divide(np.ones_like(a), a)
         function = _exact(exact, "f32", mode)  # type: ignore[assignment]
     function = finish(function, kind.name, ftz=bool(ftz))  # type: ignore[assignment]
     return elementwise(build.destination(kind), per_element(kind, function), build.source(kind))
