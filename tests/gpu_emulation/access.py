@@ -110,10 +110,10 @@ class Access:
             size = self.batch.local_bytes
             self._bounds(addresses, width, size, space)
             lane = np.arange(strand.n)[lanes]
-            offsets = addresses.astype(np.int64) + lane * size
+            offsets = addresses.astype(np.int64) + lane * self.batch.local_stride
             return [Place(space, strand.local, strand.local_valid.view(np.uint8), None, slice(None), offsets, offsets, 0)]
         if space == "param":
-            self._bounds(addresses, width, len(self.batch.parameters), space)
+            self._bounds(addresses, width, self.batch.parameter_bytes, space)
             offsets = addresses.astype(np.int64)
             return [Place(space, self.batch.parameters, None, None, slice(None), offsets, offsets, 0)]
         found = []
@@ -143,7 +143,7 @@ class Access:
 
     def outside(self, offset: int, width: int) -> MemoryFault:
         """The error of a parameter access that no parameter holds."""
-        size = len(self.batch.parameters)
+        size = self.batch.parameter_bytes
         return MemoryFault("out of bounds", address=offset, nbytes=width, space="param", nearest=f"{size} bytes of parameters")
 
     def _shadow(self, allocation: Allocation) -> Shadow:

@@ -14,7 +14,7 @@ from gpu_emulation.parser import Literal, Sink
 from gpu_emulation.rules import Build, Control, Source, Step, rule
 from gpu_emulation.strand import WARP, Mask, Strand
 
-VALUES = tuple(kind + str(bits) for kind in "bus" for bits in (8, 16, 32, 64)) + ("f32", "f64")
+VALUES = (*(kind + str(bits) for kind in "bus" for bits in (8, 16, 32, 64)), "f32", "f64")
 SCOPES = ("cta", "cluster", "gpu", "sys")
 EVICTION = ("L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate")
 PREFETCH = ("L2::64B", "L2::128B", "L2::256B")
@@ -75,7 +75,7 @@ def load(build: Build) -> Step:
 def _parameter(strand: Strand, offset: int, width: int, count: int) -> list[Array]:
     """A parameter is the same for all lanes."""
     data = strand.batch.parameters[offset : offset + width]
-    if len(data) < width or offset % width:
+    if offset + width > strand.batch.parameter_bytes or offset % width:
         raise strand.batch.access.outside(offset, width)
     return [data.view(f"u{width // count}")[i : i + 1] for i in range(count)]
 
