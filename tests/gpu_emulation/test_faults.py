@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+
 from gpu_emulation import (
     BarrierDeadlock,
     EmulationError,

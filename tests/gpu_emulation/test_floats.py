@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_emulation.formats import TYPES
-from gpu_emulation.snippets import apply
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from gpu_emulation.formats import TYPES
+from gpu_emulation.snippets import apply
 
 # Bits of the fraction and of the exponent.
 SHAPES = {"f16": (10, 5), "bf16": (7, 8), "f32": (23, 8), "f64": (52, 11)}
@@ -325,7 +326,7 @@ def test_comparisons_and_nan(kind: str) -> None:
     for name, function in ORDERED.items():
         for suffix in ("", "u"):
             got = apply(f"setp.{name}{suffix}.{kind} $d, $0, $1;", "pred", [(kind, a), (kind, b)])
-            want = [(x != x or y != y) and suffix == "u" or x == x and y == y and function(x, y) for x, y in values]
+            want = [((x != x or y != y) and suffix == "u") or (x == x and y == y and function(x, y)) for x, y in values]
             assert got.tolist() == [int(value) for value in want], (name, suffix)
     got = apply(f"setp.nan.{kind} $d, $0, $1;", "pred", [(kind, a), (kind, b)])
     assert got.tolist() == [int(x != x or y != y) for x, y in values]
