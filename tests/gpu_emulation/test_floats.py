@@ -462,3 +462,20 @@ def test_literals() -> None:
     for text, value in (("0f3F800000", 1.0), ("0d3FF0000000000000", 1.0), ("0.5", 0.5), ("-1.25e2", -125.0)):
         got = apply(f"mov.f32 $d, {text};", "f32", [("f32", zeros)])
         assert got[0] == struct.unpack("<I", struct.pack("<f", value))[0]
+
+
+@pytest.mark.parametrize("half", ["f16", "bf16"])
+def test_half_operands_in_f32_arithmetic(half: str) -> None:
+    """add, sub and fma widen them first; NaN of f32 is canonical."""
+    a, b = samples(half, 23), samples(half, 24)
+    c = samples("f32", 25)[: len(a)]
+    a, b = a[: len(c)], b[: len(c)]
+    for mode in MODES:
+        got = apply(f"fma.{mode}.f32.{half} $d, $0, $1, $2;", "f32", [(half, a), (half, b), ("f32", c)])
+        wide = [apply(f"cvt.f32.{half} $d, $0;", "f32", [(half, x)]) for x in (a, b)]
+        np.testing.assert_array_equal(got, apply(f"fma.{mode}.f32 $d, $0, $1, $2;", "f32", [("f32", x) for x in (*wide, c)]))
+        for opcode in ("add", "sub"):
+            got = apply(f"{opcode}.{mode}.f32.{half} $d, $0, $1;", "f32", [(half, a), ("f32", c)])
+            np.testing.assert_array_equal(
+                got, apply(f"{opcode}.{mode}.f32 $d, $0, $1;", "f32", [("f32", x) for x in (wide[0], c)])
+            )

@@ -16,7 +16,7 @@ import numpy as np
 from gpu_emulation import rounding
 from gpu_emulation.formats import Array, Type, type_named
 from gpu_emulation.opcodes.integer import elementwise
-from gpu_emulation.rules import Build, Step, rule
+from gpu_emulation.rules import Build, Source, Step, rule
 
 FLOATS = ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2", "f32x2")
 MODES = ("rn", "rz", "rm", "rp")
@@ -94,12 +94,23 @@ def binary(build: Build) -> Step:
     scalar = kind.element or kind.name
     _rounding(build, scalar, mode, ftz, sat)
     native, exact = BASIC[build.opcode]
-    if scalar in ("f32", "f64") and mode in ("", "rn"):
-        function = _native(native, scalar)
-    else:
-        function = _exact(exact, scalar, mode or "rn")
-    function = finish(function, scalar, ftz=bool(ftz), sat=bool(sat))
-    return elementwise(build.destination(kind), per_element(kind, function), build.source(kind), build.source(kind))
+    near = scalar in ("f32", "f64") and mode in ("", "rn")
+    function = finish(
+        _native(native, scalar) if near else _exact(exact, scalar, mode or "rn"), scalar, ftz=bool(ftz), sat=bool(sat)
+    )
+    write = build.destination(kind)
+    half = None if build.opcode == "mul" or ftz else _half(build, kind)
+    first = build.source(kind) if half is None else _widened(build.source(half), half)
+    return elementwise(write, per_element(kind, function), first, build.source(kind))
+
+
+def _half(build: Build, kind: Type) -> Type | None:
+    """The second type of add.f32.f16 and its like: operands in half precision, widened first, which is exact."""
+    return build.type("f16", "bf16") if kind.name == "f32" and build.modifiers else None
+
+
+def _widened(read: Source, kind: Type) -> Source:
+    return lambda strand, mask: rounding.encode(rounding.decode(read(strand, mask).view(kind.raw), kind.name), "f32")
 
 
 def _fma_f32(a: Array, b: Array, c: Array) -> Array:
@@ -138,7 +149,9 @@ def fused(build: Build) -> Step:
         function = _exact(rounding.multiply_add, scalar, mode)
     function = finish(function, scalar, ftz=bool(ftz), sat=bool(sat), relu=bool(relu))
     write = build.destination(kind)
-    return elementwise(write, per_element(kind, function), *[build.source(kind) for _ in range(3)])
+    half = None if ftz else _half(build, kind)
+    factors = [build.source(kind) if half is None else _widened(build.source(half), half) for _ in range(2)]
+    return elementwise(write, per_element(kind, function), *factors, build.source(kind))
 
 
 @rule("fma")
@@ -153,11 +166,8 @@ def divide(build: Build) -> Step:
     _rounding(build, kind.name, "" if mode in ("approx", "full") else mode, ftz, "")
     if kind.name == "f64" and mode != "rn":
         raise build.unknown("no approximate division of f64")
-    if mode in ("rn", "approx", "full"):
-        function = _native(np.divide, kind.name)
-    else:
-        function = _exact(rounding.divide, "f32", mode)
-    function = finish(function, kind.name, ftz=bool(ftz))
+    near = mode in ("rn", "approx", "full")
+    function = finish(_native(np.divide, kind.name) if near else _exact(rounding.divide, "f32", mode), kind.name, ftz=bool(ftz))
     return elementwise(build.destination(kind), per_element(kind, function), build.source(kind), build.source(kind))
 
 
