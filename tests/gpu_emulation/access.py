@@ -178,7 +178,7 @@ class Access:
         strong: bool,
         coherent: bool = True,
     ) -> list[Array]:
-        """Loads ``count`` words of ``width // count`` bytes for each lane of the mask: one array over the strand's lanes for each."""
+        """Loads ``count`` words of ``width // count`` bytes for each lane of the mask: for each word an array over all lanes."""
         lanes = strand.lanes(mask)
         addresses = strand.pick(address, lanes)
         if space == "global":
@@ -337,7 +337,7 @@ class Access:
     # Asynchronous copies.
 
     def copy_async(self, strand: Strand, shared: Array, source: Array, width: int, size: Array, mask: Mask) -> None:
-        """cp.async: the global bytes are read now; they reach shared memory when they are waited for, and until then it is poison."""
+        """cp.async: the global bytes are read now and reach shared memory when they are waited for; until then it is poison."""
         lanes = strand.lanes(mask)
         where, sizes = strand.pick(shared, lanes), strand.pick(size, lanes)
         data = np.zeros((len(where), width), dtype=np.uint8)

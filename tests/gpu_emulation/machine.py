@@ -93,13 +93,15 @@ class Batch:
     def __init__(self, launch: Launch, ctas: Array) -> None:
         self.launch = launch
         self.ctas = ctas
-        self.threads, self.warps = launch.threads, launch.warps
+        self.threads: int = launch.threads
+        self.warps: int = launch.warps
         self.grid, self.block = launch.grid, launch.block
         self.symbols, self.parameters = launch.symbols, launch.parameters
         self.register_count, self.local_bytes = launch.code.register_count, launch.code.local_bytes
         self.local_stride = -(-self.local_bytes // WIDEST) * WIDEST
         self.parameter_bytes = launch.parameter_bytes
-        self.shared_bytes, self.dynamic_shared = launch.shared_bytes, launch.dynamic_shared
+        self.shared_bytes: int = launch.shared_bytes
+        self.dynamic_shared: int = launch.dynamic_shared
         self.order = launch.order
         self.order.begin(ctas)
         self.access = Access(self)
@@ -165,7 +167,7 @@ class Batch:
         here, end = first, min(first + budget, len(code.steps))
         flags = strand.bools(at)
         control: Control | None = None
-        mask: Mask = at
+        mask: Mask | _Nobody = at
         while here < end and here != stop:
             step = code.steps[here]
             instruction = code.instructions[here]

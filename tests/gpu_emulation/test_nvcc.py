@@ -92,7 +92,7 @@ def test_axpy(rng: np.random.Generator, target: int, seed: int | None) -> None:
 def test_sum_over_the_grid(rng: np.random.Generator, target: int, seed: int | None) -> None:
     """Whole numbers: every order gives the same sum."""
     x = rng.integers(-1000, 1000, 5000).astype(np.float32)
-    arguments = [x, np.zeros(7, np.float32), np.zeros(1, np.uint32), np.zeros(1, np.float32), len(x)]
+    arguments: list[Array | int | float] = [x, np.zeros(7, np.float32), np.zeros(1, np.uint32), np.zeros(1, np.float32), len(x)]
     (_, partial, counter, out), report = run(target, "sum", arguments, grid=7, block=96, seed=seed)
     assert out[0] == x.sum() == partial.sum() and counter[0] == 7
     assert report.barriers == 14 and report.atomics.accesses == 7

@@ -36,7 +36,8 @@ def per_element(kind: Type, function: Scalar) -> Scalar:
         words = [operand.view(kind.raw) for operand in operands]
         low = function(*[word.astype(part) for word in words])
         high = function(*[(word >> shift).astype(part) for word in words])
-        return (high.astype(kind.raw) << shift) | low
+        packed: Array = (high.astype(kind.raw) << shift) | low
+        return packed
 
     return both
 
@@ -255,8 +256,8 @@ def root_or_reciprocal(build: Build) -> Step:
 
     else:
         exact = rounding.square_root if is_root else lambda a, mode: rounding.divide(np.ones_like(a), a)
-        function = _exact(exact, "f32", mode)  # type: ignore[assignment]
-    function = finish(function, kind.name, ftz=bool(ftz))  # type: ignore[assignment]
+        function = _exact(exact, "f32", mode)
+    function = finish(function, kind.name, ftz=bool(ftz))
     return elementwise(build.destination(kind), per_element(kind, function), build.source(kind))
 
 
