@@ -77,7 +77,7 @@ def noise_kernel(
             for g in tl.static_range(PIXELS // 4):
                 group = ((c * items + item) * (PIXELS // 4) + g).to(tl.uint32)
                 if LATTICE:
-                    z = lattice4(group, counter, image_id, seed, thresholds, half, lattice_scale, inside)
+                    z = lattice4(group, counter, image_id, seed, thresholds, half, lattice_scale)
                 else:
                     z = normals4(group, counter, image_id, seed)
                 for i in tl.static_range(4):

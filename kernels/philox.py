@@ -84,7 +84,7 @@ def normals4(group, draw, image_id, seed):
 
 
 @triton.jit
-def lattice_value(high, low, thresholds, half, scale, inside):
+def lattice_value(high, low, thresholds, half, scale):
     """#{T_j <= u} - half for u = high << 28 | low >> 4: int32, exactly, with one look into the table.
 
     A float32 estimate y of ``scale`` Phi^-1(u), where scale = 255 sigma, is off by less than 0.25 (Abramowitz and Stegun,
@@ -96,7 +96,6 @@ def lattice_value(high, low, thresholds, half, scale, inside):
         thresholds: pointer to int64 or uint64 (2 half,), ascending, below 2**60.
         half: int32 scalar.
         scale: float32 scalar.
-        inside: where a value is wanted; the table isn't read elsewhere.
     """
     upper = high.to(tl.int32, bitcast=True) < 0
     # The tail probability of u or of its mirror image, in (0, 1/2].
@@ -111,18 +110,18 @@ def lattice_value(high, low, thresholds, half, scale, inside):
     y = (t - numerator / denominator) * scale
     at = tl.floor(tl.where(upper, y, -y)).to(tl.int32)
     at = tl.minimum(tl.maximum(at, -half), half - 1)
-    threshold = tl.load(thresholds + (at + half), mask=inside, other=0).to(tl.uint64)
+    threshold = tl.load(thresholds + (at + half)).to(tl.uint64)
     u = high.to(tl.uint64) << 28 | (low >> 4).to(tl.uint64)
     return at + (threshold <= u).to(tl.int32)
 
 
 @triton.jit
-def lattice4(group, draw, image_id, seed, thresholds, half, scale, inside):
+def lattice4(group, draw, image_id, seed, thresholds, half, scale):
     """The lattice noise of the four elements of each group, in steps of 1/255: four int32 tensors of the shape of ``group``."""
     h0, h1, h2, h3 = words4(group, draw, image_id, 1, seed)
     l0, l1, l2, l3 = words4(group, draw, image_id, 2, seed)
-    z0 = lattice_value(h0, l0, thresholds, half, scale, inside)
-    z1 = lattice_value(h1, l1, thresholds, half, scale, inside)
-    z2 = lattice_value(h2, l2, thresholds, half, scale, inside)
-    z3 = lattice_value(h3, l3, thresholds, half, scale, inside)
+    z0 = lattice_value(h0, l0, thresholds, half, scale)
+    z1 = lattice_value(h1, l1, thresholds, half, scale)
+    z2 = lattice_value(h2, l2, thresholds, half, scale)
+    z3 = lattice_value(h3, l3, thresholds, half, scale)
     return z0, z1, z2, z3

@@ -72,40 +72,49 @@ def errors_kernel(
 ):  # fmt: skip
     GROUPS: tl.constexpr = COLUMNS // 4
     result = tl.program_id(2).to(tl.int64)
-    frame = result // groups
+    frame = (tl.program_id(2) // groups).to(tl.int64)
+    first_draw += (tl.program_id(2) % groups).to(tl.int64) * draws
     # Both are multiples of 8; that the compiler sees it is what makes loads and stores wide.
     width = width // 8 * 8
     height = height // 8 * 8
     y = tl.program_id(1) * 8 + tl.arange(0, 8)
     # A column here is a group of four pixels.
     column = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    inside = (y < height)[:, None] & (column < width // 4)[None, :]
     x = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside_x = (y < height)[:, None] & (x < width)[None, :]
-    group = y[:, None] * (width // 4) + column[None, :]
+    inside = (y < height)[:, None] & (x < width)[None, :]
+    # Groups outside repeat the last one inside: their errors are never stored.
+    group = tl.minimum(y, height - 1)[:, None] * (width // 4) + tl.minimum(column, width // 4 - 1)[None, :]
     at = y[:, None] * width + x[None, :]
     plane = height * width
     words = (images + frame * plane * CHANNELS).to(tl.pointer_type(tl.uint32), bitcast=True)
-    w = ()
-    for i in tl.static_range(CHANNELS):
-        w = w + (tl.load(words + (group * CHANNELS + i), mask=inside, other=0),)
+    w0 = tl.load(words + group * CHANNELS)
+    w1, w2 = w0, w0
+    if CHANNELS == 3:
+        w1 = tl.load(words + (group * CHANNELS + 1))
+        w2 = tl.load(words + (group * CHANNELS + 2))
     image_id = tl.load(image_ids + frame).to(tl.uint32)
     zero = tl.zeros([8, GROUPS], tl.float32)
     # Weighted sums of squares: at scale 1 of the four pixels, at scale 2 of the two halves, at scales 4 and 8.
     e0, e1, e2, e3, e01, e23, e4, e8 = zero, zero, zero, zero, zero, zero, zero, zero
     for draw in range(draws):
-        counter = (first_draw + (result % groups) * draws + draw).to(tl.uint32)
+        counter = (first_draw + draw).to(tl.uint32)
         row = outputs + (result * draws + draw) * CHANNELS * plane
-        for c in tl.static_range(CHANNELS):
-            o = tl.load(row + (c * plane + at), mask=inside_x, other=0.0).to(tl.float32) * output_scale
+        v0, v1, v2 = w0, w1, w2
+        # Not unrolled: three channels side by side need more registers than there are.
+        for c in tl.range(CHANNELS, loop_unroll_factor=1):
+            o = tl.load(row + (c * plane + at), mask=inside, other=0.0).to(tl.float32) * output_scale
             even, odd = tl.split(tl.reshape(o, [8, GROUPS, 2, 2]))
             o0, o2 = tl.split(even)
             o1, o3 = tl.split(odd)
-            x0, x1 = pixel(w[c // 4], c % 4), pixel(w[(CHANNELS + c) // 4], (CHANNELS + c) % 4)
-            x2, x3 = pixel(w[(2 * CHANNELS + c) // 4], (2 * CHANNELS + c) % 4), pixel(w[(3 * CHANNELS + c) // 4], (3 * CHANNELS + c) % 4)
+            if CHANNELS == 3:
+                # This channel's four pixels are bytes 0, 3, 6 and 9; the next one's come there by a shift over all twelve.
+                x0, x1, x2, x3 = pixel(v0, 0), pixel(v0, 3), pixel(v1, 2), pixel(v2, 1)
+                v0, v1, v2 = (v0 >> 8) | (v1 << 24), (v1 >> 8) | (v2 << 24), v2 >> 8
+            else:
+                x0, x1, x2, x3 = pixel(v0, 0), pixel(v0, 1), pixel(v0, 2), pixel(v0, 3)
             element = (c * (plane // 4) + group).to(tl.uint32)
             if NOISE == "lattice":
-                z0, z1, z2, z3 = lattice4(element, counter, image_id, seed, thresholds, half, lattice_scale, inside)
+                z0, z1, z2, z3 = lattice4(element, counter, image_id, seed, thresholds, half, lattice_scale)
                 x0, x1, x2, x3 = x0 + z0, x1 + z1, x2 + z2, x3 + z3
             d0, d1 = pixel_scale * x0.to(tl.float32) + (o0 + offset), pixel_scale * x1.to(tl.float32) + (o1 + offset)
             d2, d3 = pixel_scale * x2.to(tl.float32) + (o2 + offset), pixel_scale * x3.to(tl.float32) + (o3 + offset)
@@ -124,7 +133,7 @@ def errors_kernel(
     e01, e23 = e01 * (weight_2 / 16) + coarse, e23 * (weight_2 / 16) + coarse
     e0, e1, e2, e3 = e0 * weight_1 + e01, e1 * weight_1 + e01, e2 * weight_1 + e23, e3 * weight_1 + e23
     e = tl.reshape(tl.join(tl.join(e0, e2), tl.join(e1, e3)), [8, COLUMNS])
-    tl.store(errors + result * plane + at, e, mask=inside_x)
+    tl.store(errors + result * plane + at, e, mask=inside)
     first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
     tl.store(scores + result, 0.0, mask=first)
 
