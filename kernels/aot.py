@@ -1,7 +1,7 @@
 """Ahead-of-time builds: every kernel, for every GPU, on a machine with none; neither torch nor a driver is needed.
 
-``advrad-fast compile --kernels --out k/`` writes PTX, cubins and the manifest that :mod:`advrad_fast.kernels.manifest` reads: what the
-runtime launches then needs no Triton either.  The builds are the same bytes wherever they are made: no paths are in them.
+``advrad-fast compile --kernels --out k/`` writes PTX, cubins and the manifest that :mod:`advrad_fast.kernels.manifest` reads:
+what the runtime launches then needs no Triton either.  No paths of the building machine are in the files.
 For AMD, :func:`build_amd` compiles to code objects, to show that nothing stands in the way; nothing launches them.
 """
 

@@ -1,13 +1,14 @@
 """The noise stream as Triton device functions; :mod:`advrad_fast.philox` and :mod:`advrad_fast.lattice` define it.
 
-Counter layout: ``(element // 4, draw, image_id, block)``, key ``(seed & 0xffffffff, seed >> 32)``; block 0 makes normals, blocks 1
-and 2 lattice noise.  Nothing here is specific to a vendor or an interpreter: logarithm, sine and cosine are polynomials, because
-``tl.sin`` and ``tl.cos`` carry a slow path for huge angles (2,464 instructions for 16 normals a thread on sm_80, against 664 with
-the GPU's approximate functions), the approximate functions are inline assembly for one vendor, and the approximate logarithm
-loses all digits beside 1.
+Counter layout: ``(element // 4, draw, image_id, block)``, key ``(seed & 0xffffffff, seed >> 32)``; block 0 makes normals,
+blocks 1 and 2 lattice noise.  Nothing here is specific to a vendor or an interpreter.  Logarithm, sine and cosine are
+polynomials: ``tl.sin`` and ``tl.cos`` carry a slow path for huge angles (2,464 instructions for 16 normals a thread on sm_80,
+against 664 with the GPU's approximate functions), the approximate functions are inline assembly for one vendor, and the
+approximate logarithm loses all digits beside 1.
 
-Accuracy of :func:`normals4` against the exact Box-Muller in float64, whatever the GPU: within 1.2e-6, given a square root good to
-2**-22 (CUDA's ``sqrt.approx.f32`` promises 2**-23); tests/test_kernels_philox.py has the worst seen.
+Accuracy of :func:`normals4` against the exact Box-Muller in float64: within 2e-6 with a correctly rounded square root (worst seen
+1.4e-6, tests/test_kernels_philox.py; NumPy's own float32 form is within 1.5e-6).  CUDA's ``sqrt.approx.f32`` may add 2**-23
+of the value, 7e-7 at the largest.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def words4(group, draw, image_id, block: tl.constexpr, seed):
-    """The four words of each group of four elements: ``group`` uint32 (any shape); draw, image_id uint32 and seed uint64 scalars."""
+    """The four words of each group of four elements: ``group`` uint32, any shape; draw, image_id uint32, seed uint64."""
     zero = group * 0
     return philox4x32(group, zero + draw, zero + image_id, zero + block, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
 

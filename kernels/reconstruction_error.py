@@ -4,15 +4,17 @@ Plain form: :func:`advrad_fast.reference.score.reconstruction_error` (:func:`~ad
 with a lattice); C++ twin: ``csrc/reconstruction_error.cpp``.  Unlike the twin it draws the noise again instead of reading
 the network's inputs: on a GPU memory is what is short.
 
-Two launches; three for filters above 65.  ``errors_kernel`` reads the outputs, once, and the frame, forms the difference of image and reconstruction, pools it to
-the four scales within a warp, and writes the weighted sum of the squares, averaged over channels and draws: float32 at full
-size.  ``deviation_kernel`` filters that map, subtracts mu, and takes the maximum with an integer atomic, whose result does not
-depend on the order.  Without ``maps`` no anomaly map is written.  Of a filter above 65 ``rows_kernel`` first sums the rows.
+Two launches; three for filters above 65.  ``errors_kernel`` reads the outputs, once, and the frame, forms the difference of
+image and reconstruction, pools it to the four scales within a warp, and writes the weighted sum of the squares, averaged over
+channels and draws: float32 at full size.  ``deviation_kernel`` filters that map, subtracts mu, and takes the maximum with an
+integer atomic, whose result does not depend on the order.  Without ``maps`` no anomaly map is written.  Of a filter above 65
+``rows_kernel`` first sums the rows.
 
-Why there is an intermediate map, of 4 bytes written and at least 4 read a pixel (not a pixel and draw): the filter needs the errors of
-(s - 1) / 2 pixels around, on all sides, and programs can't exchange them.  Doing it in one launch means to compute them again in
-every program: with tiles small enough to make 132 programs of one 256 x 256 frame (16 x 32), a window of 15 would have each
-output read, and its noise drawn, (16 + 16) (32 + 16) / 512 = 3 times, and one of 31 6 times.  The map of such a frame is 262 kB.
+Why there is an intermediate map, of 4 bytes written and at least 4 read a pixel (not a pixel and draw): the filter needs the
+errors of (s - 1) / 2 pixels around, on all sides, and programs can't exchange them.  Doing it in one launch means to compute
+them again in every program: with tiles small enough to make 128 programs of one 256 x 256 frame (16 x 32), a window of 15 would
+have each output read, and its noise drawn, (16 + 16) (32 + 16) / 512 = 3 times, and one of 31 6 times.  The map of such
+a frame is 262 kB, and is read again at once.
 
 Arguments of ``errors_kernel``, as a launcher passes them:
 
@@ -26,8 +28,9 @@ Arguments of ``errors_kernel``, as a launcher passes them:
 
 Arguments of ``rows_kernel``: errors; sums: float32 (results, H, W), written; results, height, width; filter_size: odd.
 
-Arguments of ``deviation_kernel``: errors, or sums in the wide variant; mu, inverse_spread: float32 (H, W), the latter not below 0; maps: float32 (results, H, W),
-unread without the variant's maps; scores; results, height, width; filter_size: odd; tiles: programs a row, :func:`tiles`.
+Arguments of ``deviation_kernel``: errors, or sums in the wide variant; mu, inverse_spread: float32 (H, W), the latter not below
+0; maps: float32 (results, H, W), unread without the variant's maps; scores; results, height, width; filter_size: odd; tiles:
+programs a row, :func:`tiles`.
 """
 
 from __future__ import annotations
@@ -221,7 +224,7 @@ def deviation_kernel(
     value = tl.abs(mean - tl.load(mu + at, mask=own, other=0.0)) * tl.load(inverse_spread + at, mask=own, other=0.0)
     if MAPS:
         tl.store(maps + result * height * width + at, value, mask=own)
-    # Of numbers that are not negative the bits are in the numbers' order, and NaN (its sign cleared) is above all: it can't get lost.
+    # Of numbers that are not negative the bits are in the numbers' order, and NaN, its sign cleared, is above all: none is lost.
     bits = tl.where(value == value, value, float("nan")).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     best = tl.max(tl.reshape(tl.where(own, bits, 0), [ROWS * SPAN]), 0)
     tl.atomic_max(scores.to(tl.pointer_type(tl.int32), bitcast=True) + result, best, sem="relaxed")
@@ -300,7 +303,8 @@ def reconstruction_error(
         raise arguments.ConfigError(arguments.expected("outputs", wanted, tuple(outputs.shape)))
     results = outputs.shape[0] // draws
     arguments.integer("outputs: results", results, 1, arguments.MAX_FRAMES)
-    filter_size = 2 * (arguments.integer("filter_size", filter_size, 1, 255) // 2) + 1
+    if arguments.integer("filter_size", filter_size, 1, 255) % 2 == 0:
+        raise arguments.ConfigError(arguments.expected("filter_size", "an odd number", filter_size))
     for name, value, shape in (("mu", mu, (height, width)), ("inverse_spread", inverse_spread, (height, width)),
                                ("scores", scores, (results,)), ("maps", maps, (results, height, width))):  # fmt: skip
         if value is not None or name != "maps":

@@ -33,9 +33,7 @@ class Emulator:
         (found,) = [k for k in self._kernels if k.name == name and dict(k.variant) == variant]
         return found
 
-    def launch(
-        self, name: str, variant: Settings, arguments: Mapping[str, Any], *, order_seed: int | None = None
-    ) -> Report:
+    def launch(self, name: str, variant: Settings, arguments: Mapping[str, Any], *, order_seed: int | None = None) -> Report:
         """Launch a kernel; arrays among the arguments are copied to the emulator's memory, and back.
 
         An array of exactly the bytes that it has is all that the kernel may touch.  None stands for a null pointer.
@@ -70,10 +68,10 @@ class Emulator:
                 array[...] = np.frombuffer(memory.read(address, array.nbytes), array.dtype).reshape(array.shape)
         return report
 
-
     def noise(
-        self, images: NDArray[np.uint8], draws: int, seed: int, c: Coefficients, *, dtype: str = "fp32", channels_last: bool = False,
-        table: NDArray[np.uint64] | None = None, sigma: float = 0.0, first_draw: int = 0, image_ids: Sequence[int] | None = None,
+        self, images: NDArray[np.uint8], draws: int, seed: int, c: Coefficients, *, dtype: str = "fp32",
+        channels_last: bool = False, table: NDArray[np.uint64] | None = None, sigma: float = 0.0, first_draw: int = 0,
+        image_ids: Sequence[int] | None = None,
     ) -> NDArray[Any]:  # fmt: skip
         """The operation ``noise``; bfloat16 as uint16.  Reports of all launches are kept in ``self.reports``."""
         n, h, w, channels = images.shape

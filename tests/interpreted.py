@@ -92,8 +92,8 @@ def _reconstruction_error(
     scores, out = torch.full((results,), float("nan")), torch.full((results, h, w), float("nan")) if maps else None
     reconstruction_error(
         torch.from_numpy(images.copy()), torch.from_numpy(outputs.copy()), draws, *coefficients, tuple(weights), filter_size,
-        torch.from_numpy(mu.copy()), torch.from_numpy(inverse_spread.copy()), out, scores, seed=seed, signal=c.signal, noise=c.noise,
-        input_scale=c.input_scale, **_extra(options),
+        torch.from_numpy(mu.copy()), torch.from_numpy(inverse_spread.copy()), out, scores, seed=seed, signal=c.signal,
+        noise=c.noise, input_scale=c.input_scale, **_extra(options),
     )  # fmt: skip
     return scores.numpy(), None if out is None else out.numpy()
 
