@@ -82,7 +82,7 @@ _STREAM = {
 }  # fmt: skip
 _MAP = {"results": "i32", "height": "i32", "width": "i32"}
 
-_FORMATS = {"noise": ("gaussian", "lattice"), "channels": (1, 3)}
+_FORMATS: Mapping[str, Sequence[str | int | bool]] = {"noise": ("gaussian", "lattice"), "channels": (1, 3)}
 
 SOURCES: Mapping[str, Source] = {
     "noise": Source(
