@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AdvRADError as error:
         _say(f"advrad-fast: {error}")
     except ModuleNotFoundError as error:
-        wanted = "advrad-fast[train]" if error.name in ("torch", "tqdm") else "advrad-fast"
+        extras = {"torch": "[train]", "tqdm": "[train]", "triton": "[compile]"}
+        wanted = f"advrad-fast{extras.get((error.name or '').split('.')[0], '')}"
         _say(f"advrad-fast: {error.name} is not installed; needed here: pip install '{wanted}'")
     except OSError as error:
         _say(f"advrad-fast: {error}")
@@ -96,11 +97,21 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("data", type=Path, help="the dataset's folder")
     evaluate.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
 
-    making = command("compile", _compile, "Prepare a model's network for this machine, into the cache.")
-    making.add_argument("model", type=Path, help="the model file")
+    making = command(
+        "compile",
+        _compile,
+        "Prepare ahead of time: a model's int8 network for this machine's CPU, or the kernels for GPUs.",
+    )
+    making.add_argument("model", type=Path, nargs="?", help="the model file, for int8")
     making.add_argument("--precision", choices=("int8",), default="int8", help="int8: the rest needs no preparation")
-    making.add_argument("--calibration", nargs="+", required=True, metavar="IMAGES", help="good frames: files, folders, patterns")
+    making.add_argument("--calibration", nargs="+", metavar="IMAGES", help="good frames: files, folders, patterns")
     making.add_argument("--cache", type=Path, help="folder for compiled engines (default: the platform's cache folder)")
+    making.add_argument(
+        "--kernels", action="store_true", help="the fused operations for GPUs: PTX, cubins, a manifest (needs Triton)"
+    )
+    making.add_argument("--out", type=Path, help="folder for the kernels")
+    making.add_argument("--target", action="append", metavar="SM", help="such as sm_89, may be repeated (default: all)")
+    making.add_argument("--processes", type=int, default=1, help="that compile kernels at the same time (default 1)")
 
     bench = command(
         "bench", _bench, "Measure this machine's CPU path against PyTorch and the machine's own peaks (needs PyTorch)."
@@ -157,7 +168,23 @@ def _output(target: str | None) -> Iterator[TextIO | None]:
             yield file
 
 
+def _compile_kernels(options: argparse.Namespace) -> int:
+    from advrad_fast.kernels import aot
+
+    if options.out is None:
+        raise ConfigError(expected("--out", "a folder for the kernels", None))
+    if not 1 <= options.processes <= 256:
+        raise ConfigError(expected("--processes", "an integer in [1, 256]", options.processes))
+    manifest = aot.build(options.out, options.target or aot.TARGETS, processes=options.processes)
+    _say(f"wrote {options.out}: {len(manifest.kernels)} kernels for {len({k.target for k in manifest.kernels})} targets")
+    return OK
+
+
 def _compile(options: argparse.Namespace) -> int:
+    if options.kernels:
+        return _compile_kernels(options)
+    if options.model is None or options.calibration is None:
+        raise ConfigError("compile: expected MODEL --calibration GOOD_FRAMES for int8, or --kernels --out FOLDER")
     import numpy as np
 
     from advrad_fast.backends.cpu import calibrate_int8

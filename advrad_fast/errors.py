@@ -9,6 +9,7 @@
     │   ├── ImageTooLargeError                  more pixels than the cap, refused before decoding
     │   └── PartNotFoundError                   the pose rule found no part: an inspection ABSTAINs
     ├── ModelFileError          (ValueError)    a model file is damaged, foreign or inconsistent
+    ├── KernelFileError         (ValueError)    a folder of compiled kernels is damaged, foreign or inconsistent
     ├── CalibrationError        (ValueError)    too few normal scores for the promise asked for
     ├── DatasetError            (ValueError)    a folder does not hold what its layout needs
     ├── TrainingError           (RuntimeError)  training cannot start, go on or resume
@@ -47,6 +48,10 @@ class PartNotFoundError(ImageError):
 
 class ModelFileError(AdvRADError, ValueError):
     """A model file is damaged, foreign or inconsistent; the message names the field."""
+
+
+class KernelFileError(AdvRADError, ValueError):
+    """A folder of compiled GPU kernels is damaged, foreign or inconsistent; the message names the field."""
 
 
 class CalibrationError(AdvRADError, ValueError):
