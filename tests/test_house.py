@@ -42,7 +42,7 @@ HOMES = {
     "openvino": ("backends", "bench", "cli"),
     "tensorrt": ("backends", "cli"),
     "tensorrt_rtx": ("backends", "cli"),
-    "pycuda": ("backends", "cli"),
+    "pycuda": ("backends", "cli", "kernels"),
     "triton": ("kernels",),
 }
 
@@ -243,7 +243,10 @@ def test_no_long_files() -> None:
 
 @pytest.mark.parametrize(
     ("folder", "suffix", "others"),
-    [("csrc", ".cpp", ("bindings", "stream", "threads")), ("kernels", ".py", ("__init__", "philox", "aot"))],
+    [
+        ("csrc", ".cpp", ("bindings", "stream", "threads")),
+        ("kernels", ".py", ("__init__", "philox", "aot", "launcher", "manifest")),
+    ],
 )
 def test_the_list_of_operations_is_whole(folder: str, suffix: str, others: tuple[str, ...]) -> None:
     stems = {path.stem for path in (ROOT / folder).glob(f"*{suffix}")} - set(others)
