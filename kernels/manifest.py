@@ -41,7 +41,7 @@ SCHEMA = 1
 FILE = "manifest.json"
 
 #: Kernels by name: the operations, and the stages of those that take several launches.
-NAMES = ("noise", "errors", "deviation", "votes_counts", "votes_ranks")
+NAMES = ("noise", "errors", "rows", "deviation", "votes_counts", "votes_ranks")
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121")
 
 ArgumentType = Literal["pointer", "null", "i32", "i64", "u64", "f32"]
