@@ -33,8 +33,8 @@ from typing import Any
 from advrad_fast.errors import BackendUnavailableError, ConfigError, InferenceError, KernelFileError, expected
 from advrad_fast.kernels.manifest import Argument, Axis, Kernel, Kind, Manifest, read_manifest
 
-_FORMATS = {"pointer": "Q", "null": "Q", "i32": "i", "i64": "q", "u64": "Q", "f32": "f"}
-_RANGES = {"i32": (-(2**31), 2**31 - 1), "i64": (-(2**63), 2**63 - 1), "u64": (0, 2**64 - 1)}
+_FORMATS = {"pointer": "Q", "null": "0Q8x", "i32": "i", "i64": "q", "u64": "Q", "f32": "f"}
+_RANGES = {"pointer": (1, 2**64 - 1), "i32": (-(2**31), 2**31 - 1), "i64": (-(2**63), 2**63 - 1), "u64": (0, 2**64 - 1)}
 _MAX_GRID = (2**31 - 1, 65535, 65535)
 _MAX_FP32 = (2 - 2**-23) * 2.0**127
 _DEFAULT_SHARED = 48 << 10  # what a kernel may ask for without saying so beforehand
@@ -233,10 +233,11 @@ class LoadedKernel:
         self.kernel, self.kind = kernel, kind
         self._error, self._stream, self._module = cuda.Error, cuda.Stream, module
         self._launch: Callable[..., None] = function._launch_kernel
-        self._names = {argument.name for argument in kernel.arguments if argument.type != "null"}
-        self._checks = [(argument.name, _check(argument)) for argument in kernel.arguments]
+        given = [argument for argument in kernel.arguments if argument.type != "null"]
+        self._names = {argument.name for argument in given}
+        self._checks = [(argument.name, *_plain(argument), _check(argument)) for argument in given]
         self._pack = struct.Struct("@" + "".join(_FORMATS[argument.type] for argument in kernel.arguments)).pack
-        places = {argument.name: place for place, argument in enumerate(kernel.arguments)}
+        places = {argument.name: place for place, argument in enumerate(given)}
         self._axes = [(places[axis.argument], axis.per) if isinstance(axis, Axis) else axis for axis in kernel.grid]
 
     def __call__(self, stream: Any, /, **arguments: Any) -> None:
@@ -264,7 +265,12 @@ class LoadedKernel:
             raise ConfigError(f"{self.kernel.name}: unknown arguments {unknown}, missing arguments {missing}")
         if stream is not None and not isinstance(stream, self._stream):
             raise ConfigError(expected(f"{self.kernel.name}: stream", "a pycuda Stream or None", stream))
-        values = [check(arguments.get(name)) for name, check in self._checks]
+        values = []
+        for name, kind, low, high, bits, check in self._checks:
+            value = arguments[name]
+            # What is right at first sight, which is nearly always so, costs no call.
+            plain = type(value) is kind and low <= value <= high and (bits == 0 or not value & bits)
+            values.append(value if plain else check(value))
         grid = tuple([axis if type(axis) is int else -(-values[axis[0]] // axis[1]) for axis in self._axes])
         for size, limit in zip(grid, _MAX_GRID, strict=True):
             if not 0 < size <= limit:
@@ -295,31 +301,31 @@ class PreparedLaunch:
         self._kernel._enqueue(self._grid, self._buffer, self._stream)
 
 
+def _plain(argument: Argument) -> tuple[type, float, float, int]:
+    """The values that need no second look: their type, the least, the largest, and the bits that none may have."""
+    if argument.type == "f32":
+        return float, -_MAX_FP32, _MAX_FP32, 0
+    low, high = _RANGES[argument.type]
+    return int, low, high, argument.multiple_of - 1
+
+
 def _check(argument: Argument) -> Callable[[Any], Any]:
-    """What turns a caller's value into the number that is packed, or refuses it."""
+    """What turns any other value into the number that is packed, or refuses it."""
     name, multiple = argument.name, argument.multiple_of
-    if argument.type == "null":
-        return lambda _: 0
     if argument.type == "f32":
         return lambda value: _float(name, value)
-    if argument.type == "pointer":
-
-        def pointer(value: Any) -> int:
-            address = value if type(value) is int else _address(name, value)
-            if not 0 < address < 2**64 or address % multiple:
-                raise ConfigError(expected(name, f"a device address that is a multiple of {multiple}", hex(address)))
-            return address
-
-        return pointer
     low, high = _RANGES[argument.type]
+    pointer = argument.type == "pointer"
+    wanted = "a device address" if pointer else f"an integer in [{low}, {high}]"
 
-    def integer(value: Any) -> int:
-        number = value if type(value) is int else _integer(name, value)
+    def check(value: Any) -> int:
+        number = _address(name, value) if pointer else _integer(name, value)
         if not low <= number <= high or number % multiple:
-            raise ConfigError(expected(name, f"an integer in [{low}, {high}] that is a multiple of {multiple}", number))
+            got = hex(number) if pointer else number
+            raise ConfigError(expected(name, wanted + (f" that is a multiple of {multiple}" if multiple > 1 else ""), got))
         return number
 
-    return integer
+    return check
 
 
 def _integer(name: str, value: Any) -> int:
