@@ -1,4 +1,4 @@
-"""``advrad-fast``: train, inspect, evaluate, bench, backends, demo.
+"""``advrad-fast``: train, inspect, evaluate, compile, bench, backends, demo.
 
 Logs and progress go to standard error.  Exit codes: 0 fine, 1 a defect was found (or a part could not be judged), 2 something
 could not be done.
@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AdvRADError as error:
         _say(f"advrad-fast: {error}")
     except ModuleNotFoundError as error:
-        wanted = "advrad-fast[train]" if error.name in ("torch", "tqdm") else "advrad-fast"
+        extras = {"torch": "[train]", "tqdm": "[train]", "triton": "[compile]"}
+        wanted = f"advrad-fast{extras.get((error.name or '').split('.')[0], '')}"
         _say(f"advrad-fast: {error.name} is not installed; needed here: pip install '{wanted}'")
     except OSError as error:
         _say(f"advrad-fast: {error}")
@@ -94,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(evaluate)
     evaluate.add_argument("data", type=Path, help="the dataset's folder")
     evaluate.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
+
+    build = command("compile", _compile, "Compile the GPU kernels ahead of time; no GPU is needed, but Triton is.")
+    build.add_argument("--kernels", action="store_true", required=True, help="the fused operations: PTX, cubins, a manifest")
+    build.add_argument("--out", type=Path, required=True, help="folder to write")
+    build.add_argument("--target", action="append", metavar="SM", help="such as sm_89, may be repeated (default: all)")
+    build.add_argument("--processes", type=int, default=1, help="that compile at the same time (default 1)")
 
     bench = command(
         "bench", _bench, "Measure this machine's CPU path against PyTorch and the machine's own peaks (needs PyTorch)."
@@ -261,6 +268,16 @@ def _evaluate(options: argparse.Namespace) -> int:
             file.write(json.dumps(figures) + "\n")
     if options.json != "-":
         sys.stdout.write(table(evaluation) + "\n")
+    return OK
+
+
+def _compile(options: argparse.Namespace) -> int:
+    from advrad_fast.kernels import aot
+
+    if not 1 <= options.processes <= 256:
+        raise ConfigError(expected("--processes", "an integer in [1, 256]", options.processes))
+    manifest = aot.build(options.out, options.target or aot.TARGETS, processes=options.processes)
+    _say(f"wrote {options.out}: {len(manifest.kernels)} kernels for {len({k.target for k in manifest.kernels})} targets")
     return OK
 
 
