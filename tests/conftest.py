@@ -8,6 +8,7 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
+from gpu_emulation.fixtures import cuda, driver, fake_library, make_driver  # noqa: F401  # fixtures, for every test
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=100, database=None)
 hypothesis.settings.load_profile("repeatable")

@@ -43,7 +43,7 @@ HOMES = {
     "nncf": ("backends",),
     "tensorrt": ("backends", "cli"),
     "tensorrt_rtx": ("backends", "cli"),
-    "pycuda": ("backends", "cli"),
+    "pycuda": ("backends", "cli", "kernels"),
     "triton": ("kernels",),
 }
 
