@@ -61,7 +61,8 @@ def test_gate(built: Manifest, target: str) -> None:
         what = f"{kernel.name} {dict(kernel.variant)} {target}: {used}"
         assert kernel.spills == used.spills == 0 and kernel.stack == used.stack == 0, what
         assert kernel.registers == used.registers <= 192, what
-        assert kernel.shared + used.shared <= 1024, what
+        reserved = 1024 if int(target.removeprefix("sm_")) >= 90 else 0  # by the system, in every CTA
+        assert kernel.shared <= 1024 and used.shared <= reserved, what
         may_load, must_store = widths(kernel)
         assert set(used.loads) <= may_load, what
         assert set(used.stores) == must_store, what
