@@ -61,7 +61,7 @@ def test_gate(built: Manifest, target: str) -> None:
         what = f"{kernel.name} {dict(kernel.variant)} {target}: {used}"
         assert kernel.spills == used.spills == 0 and kernel.stack == used.stack == 0, what
         assert kernel.registers == used.registers <= 192, what
-        assert kernel.shared + used.shared <= 1024, what
+        assert kernel.shared <= 1024 and used.shared in (0, 1024), what  # the system's own 1 KiB from sm_90 on
         may_load, must_store = widths(kernel)
         assert set(used.loads) <= may_load, what
         assert set(used.stores) == must_store, what
