@@ -15,8 +15,7 @@ def executed(name: str, variant: Variant) -> bool:
     if name == "noise":
         return variant["dtype"] == "fp32" or (variant["channels"] == 3 and variant["noise"] == "gaussian")
     if name == "errors":
-        plain = variant["dtype"] == "fp32" and (variant["channels"] == 3 or variant["noise"] == "gaussian")
-        return plain or (variant["channels"] == 3 and variant["noise"] == "gaussian")
+        return variant["dtype"] == "fp32" or (variant["channels"] == 3 and variant["noise"] == "gaussian")
     return True
 
 

@@ -90,11 +90,11 @@ BAD: dict[str, list[object]] = {
         [], None, {}, [{"name": "a", "type": "pointer"}], [{"name": "a", "type": "f64", "multiple_of": 1}],
         [{"name": "A", "type": "i32", "multiple_of": 1}], [{"name": "a", "type": "i32", "multiple_of": 3}],
         [{"name": "a", "type": "f32", "multiple_of": 2}], [{"name": "a", "type": "i32", "multiple_of": 1}] * 2,
-        [{"name": "items", "type": "f32", "multiple_of": 1}, {"name": "draws", "type": "i32", "multiple_of": 1}],
     ],
     "grid": [
         [1, 1], [0, 1, 1], [1, 65536, 1], [1, 1, True], [{"argument": "images", "per": 1}, 1, 1], [{"argument": "items"}, 1, 1],
-        [{"argument": "items", "per": 0}, 1, 1], [{"argument": "nobody", "per": 1}, 1, 1], None,
+        [{"argument": "items", "per": 0}, 1, 1], [{"argument": "nobody", "per": 1}, 1, 1],
+        [{"argument": "offset", "per": 1}, 1, 1], None,
     ],
 }  # fmt: skip
 

@@ -102,11 +102,14 @@ def test_small_errors_beside_large_ones(way: Any, rng: np.random.Generator) -> N
         config, reach = ScoreConfig(scale_weights=(1.0, 0.0, 0.0, 0.0), filter_size=size), size // 2 + 1
         case.outputs[0, 0, 0, 0] = 1e-3
         _, quiet = run(way, case, config)
-        case.outputs[0, 0, 0, 0] = np.inf
-        _, loud = run(way, case, config)
-        np.testing.assert_array_equal(loud[0, reach:], quiet[0, reach:])
-        np.testing.assert_array_equal(loud[0, :, reach:], quiet[0, :, reach:])
-        assert not np.isfinite(loud[0, 0, 0]) and np.isfinite(loud[0, :, reach:]).all()
+        # Of an infinity the coarser scales make NaN, weight 0 or not: in its block of 8 x 8 and wherever a window meets that.
+        for value, away in ((1e9, reach), (np.inf, reach + 7)):
+            case.outputs[0, 0, 0, 0] = value
+            _, loud = run(way, case, config)
+            np.testing.assert_array_equal(loud[0, away:], quiet[0, away:])
+            np.testing.assert_array_equal(loud[0, :, away:], quiet[0, :, away:])
+            assert not loud[0, 0, 0] < 1e14 and np.isfinite(loud[0, :, away:]).all()
+        np.testing.assert_allclose(quiet, 1e-6, rtol=2e-4)  # 1e-3 beside x of order 1 in fp32
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
