@@ -345,6 +345,16 @@ def test_undefined_bytes_may_be_moved_but_not_used() -> None:
             launch(kernel(pack + use), [4, 4])
 
 
+def test_half_of_a_packed_sum_may_be_undefined_but_not_used() -> None:
+    """Compilers do packed arithmetic for the sake of one half; the other one stays undefined."""
+    body = "mov.b64 %rd10, {%r3, %r20};\nmul.rn.f32x2 %rd11, %rd10, %rd10;\nmov.b64 {%r11, %r12}, %rd11;\n"
+    fused = body.replace("mul.rn.f32x2 %rd11, %rd10, %rd10", "fma.rn.f32x2 %rd11, %rd10, %rd10, %rd10")
+    for packed in (body, fused):
+        launch(kernel(packed + "add.u32 %r13, %r11, 1;"), [4, 4])
+        with pytest.raises(UninitialisedRead):
+            launch(kernel(packed + "add.u32 %r13, %r12, 1;"), [4, 4])
+
+
 UNKNOWN = {
     "opcode": "frobnicate.u32 %r10, %r3;",
     "matrix product": "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f1}, {%r1}, {%r2}, {%f1};",

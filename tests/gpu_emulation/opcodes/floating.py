@@ -17,6 +17,7 @@ from gpu_emulation import rounding
 from gpu_emulation.formats import Array, Type, type_named
 from gpu_emulation.opcodes.integer import elementwise
 from gpu_emulation.rules import Build, Source, Step, rule
+from gpu_emulation.strand import Mask, Strand
 
 FLOATS = ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2", "f32x2")
 MODES = ("rn", "rz", "rm", "rp")
@@ -40,6 +41,25 @@ def per_element(kind: Type, function: Scalar) -> Scalar:
         return packed
 
     return both
+
+
+def packed(build: Build, kind: Type, function: Scalar, operands: int) -> Step:
+    """A function of scalars on both halves of packed operands; a half of which an operand's is undefined stays undefined.
+
+    Compilers use one half alone.
+    """
+    to, compute = build.target(kind), per_element(kind, function)
+    reads = [build.loose(kind) for _ in range(operands)]
+    size = kind.nbytes // 2
+    halves = [((1 << size) - 1) << (i * size) for i in range(2)]
+
+    def step(strand: Strand, mask: Mask) -> None:
+        values, junk = zip(*[read(strand, mask) for read in reads], strict=True)
+        undefined = sum(half for half in halves if any(bits & half for bits in junk))
+        if to is not None:
+            strand.write(to, compute(*values), mask, undefined)
+
+    return step
 
 
 def finish(function: Scalar, kind: str, *, ftz: bool = False, sat: bool = False, relu: bool = False) -> Scalar:
@@ -99,6 +119,8 @@ def binary(build: Build) -> Step:
     function = finish(
         _native(native, scalar) if near else _exact(exact, scalar, mode or "rn"), scalar, ftz=bool(ftz), sat=bool(sat)
     )
+    if kind.element:
+        return packed(build, kind, function, 2)
     write = build.destination(kind)
     half = None if build.opcode == "mul" or ftz else _half(build, kind)
     first = build.source(kind) if half is None else _widened(build.source(half), half)
@@ -149,6 +171,8 @@ def fused(build: Build) -> Step:
     else:
         function = _exact(rounding.multiply_add, scalar, mode)
     function = finish(function, scalar, ftz=bool(ftz), sat=bool(sat), relu=bool(relu))
+    if kind.element:
+        return packed(build, kind, function, 3)
     write = build.destination(kind)
     half = None if ftz else _half(build, kind)
     factors = [build.source(kind) if half is None else _widened(build.source(half), half) for _ in range(2)]
