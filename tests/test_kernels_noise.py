@@ -16,15 +16,16 @@ from advrad_fast.schedule import Coefficients
 # N, H, W, C, draws: sides whose product 8 divides, several programs, a partly filled one, more draws than a program makes.
 SHAPES = [(1, 8, 8, 1, 1), (2, 24, 41, 1, 3), (3, 5, 8, 3, 2), (1, 40, 72, 3, 9)]
 
-#: Against the float64 of the plain form, standard deviation about 1.  Worst seen over all cases and ways: 6.3e-7.  Factor 2.
-ABS = 1.3e-6
+#: Against the plain form in float32 and the C++ twin, standard deviation about 1.  Worst seen over all cases and ways: 1.2e-6, of
+#: which half is the float32 of the other side.  Factor 2.
+ABS = 2.4e-6
 
 
 def plain(images: np.ndarray, draws: int, seed: int, c: Coefficients, ids: list[int], first: int = 0) -> np.ndarray:
     n, h, w, channels = images.shape
     eps = diffusion.draw_noise((channels, h, w), seed=seed, draws=first + draws, image_ids=ids)
     eps = eps.reshape(n, first + draws, channels, h, w)[:, first:].reshape(-1, channels, h, w).double()
-    return diffusion.noise(torch.from_numpy(images.copy()).double().byte(), eps, c).numpy()
+    return diffusion.noise(torch.from_numpy(images.copy()), eps, c).numpy()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -33,7 +34,7 @@ def test_noise_equals_reference(way: Any, rng: np.random.Generator, shape: tuple
     images, c = frames(rng, n, h, w, channels), coefficients()
     got = way.noise(images, draws, 2**64 - 1, c, first_draw=1, image_ids=list(range(n)))
     np.testing.assert_allclose(got, plain(images, draws, 2**64 - 1, c, list(range(n)), 1), rtol=0, atol=ABS)
-    np.testing.assert_allclose(way.noise(images, draws, 3, c), run_noise(images, draws, 3, c), rtol=0, atol=2 * ABS)
+    np.testing.assert_allclose(way.noise(images, draws, 3, c), run_noise(images, draws, 3, c), rtol=0, atol=ABS)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -47,10 +48,12 @@ def test_lattice_inputs(way: Any, rng: np.random.Generator, shape: tuple[int, in
     z = smoothing.draw_lattice_noise((channels, h, w), sigma, seed=5, draws=draws, image_ids=[0] * n).numpy()
     steps = images.transpose(0, 3, 1, 2).repeat(draws, axis=0) + z
     np.testing.assert_array_equal(np.rint((got.astype(np.float64) + 1.0) * 127.5), steps)
-    np.testing.assert_allclose(got, native, rtol=2**-22, atol=2.4e-7)  # worst seen: 1.2e-7 near zero, and 2**-23
+    np.testing.assert_allclose(got, native, rtol=2**-22, atol=2.4e-7)  # worst seen: 0.43 of that
     c = coefficients()
     expected = smoothing.lattice_inputs(torch.from_numpy(images.copy()), torch.from_numpy(z), c).numpy()
-    np.testing.assert_allclose(way.noise(images, draws, 5, c, table=table, sigma=sigma), expected, rtol=2**-21, atol=4.8e-7)
+    np.testing.assert_allclose(
+        way.noise(images, draws, 5, c, table=table, sigma=sigma), expected, rtol=2**-21, atol=4.8e-7
+    )  # 0.43
 
 
 def test_the_same_integer_gives_the_same_input(way: Any, rng: np.random.Generator) -> None:

@@ -59,7 +59,7 @@ def test_small_radii_keep_their_digits(interpreter: Any) -> None:
     r0 = (2**32 - 256 * np.arange(2, 20_000)).astype(np.uint32)
     got, _ = interpreter.call(philox_probes.normals, r0, np.zeros_like(r0))
     wanted = exact(r0, np.zeros_like(r0))[:, 0]
-    assert np.abs(got / wanted - 1).max() < 4e-7  # worst seen: 2.4e-7
+    assert np.abs(got / wanted - 1).max() < 5e-7  # worst seen: 2.6e-7
 
 
 def test_normals_of_the_stream(way: Any) -> None:
