@@ -269,9 +269,10 @@ class LoadedKernel:
         for name, kind, low, high, bits, check in self._checks:
             value = arguments[name]
             # What is right at first sight, which is nearly always so, costs no call.
-            plain = type(value) is kind and low <= value <= high and (bits == 0 or not value & bits)
+            found = type(value)
+            plain = found is kind and low <= value <= high and (bits == 0 or not value & bits)
             values.append(value if plain else check(value))
-        grid = tuple([axis if type(axis) is int else -(-values[axis[0]] // axis[1]) for axis in self._axes])
+        grid = tuple([axis if isinstance(axis, int) else -(-values[axis[0]] // axis[1]) for axis in self._axes])
         for size, limit in zip(grid, _MAX_GRID, strict=True):
             if not 0 < size <= limit:
                 raise ConfigError(expected(f"{self.kernel.name}: grid", f"1 to {limit} programs", size))
@@ -335,9 +336,10 @@ def _integer(name: str, value: Any) -> int:
 
 
 def _float(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not (abs(value) <= _MAX_FP32 or abs(value) == math.inf):
+    number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    if not (abs(number) <= _MAX_FP32 or abs(number) == math.inf):
         raise ConfigError(expected(name, "a number of fp32", value))
-    return float(value)
+    return number
 
 
 def _address(name: str, value: Any) -> int:
