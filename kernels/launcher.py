@@ -235,7 +235,7 @@ class LoadedKernel:
         self._launch: Callable[..., None] = function._launch_kernel
         given = [argument for argument in kernel.arguments if argument.type != "null"]
         self._names = {argument.name for argument in given}
-        self._checks: list[tuple[Any, ...]] = [(argument.name, *_plain(argument), _check(argument)) for argument in given]
+        self._checks = [(argument.name, *_plain(argument), _check(argument)) for argument in given]
         self._pack = struct.Struct("@" + "".join(_FORMATS[argument.type] for argument in kernel.arguments)).pack
         places = {argument.name: place for place, argument in enumerate(given)}
         self._axes = [(places[axis.argument], axis.per) if isinstance(axis, Axis) else axis for axis in kernel.grid]
@@ -269,9 +269,10 @@ class LoadedKernel:
         for name, kind, low, high, bits, check in self._checks:
             value = arguments[name]
             # What is right at first sight, which is nearly always so, costs no call.
-            plain = type(value) is kind and low <= value <= high and (bits == 0 or not value & bits)
+            found = type(value)
+            plain = found is kind and low <= value <= high and (bits == 0 or not value & bits)
             values.append(value if plain else check(value))
-        grid = tuple([axis if type(axis) is int else -(-values[axis[0]] // axis[1]) for axis in self._axes])
+        grid = tuple([axis if isinstance(axis, int) else -(-values[axis[0]] // axis[1]) for axis in self._axes])
         for size, limit in zip(grid, _MAX_GRID, strict=True):
             if not 0 < size <= limit:
                 raise ConfigError(expected(f"{self.kernel.name}: grid", f"1 to {limit} programs", size))
@@ -335,10 +336,8 @@ def _integer(name: str, value: Any) -> int:
 
 
 def _float(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ConfigError(expected(name, "a number of fp32", value))
-    number = float(value)
-    if not (abs(number) <= _MAX_FP32 or math.isinf(number)):
+    number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    if not (abs(number) <= _MAX_FP32 or abs(number) == math.inf):
         raise ConfigError(expected(name, "a number of fp32", value))
     return number
 
