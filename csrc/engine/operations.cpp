@@ -79,6 +79,8 @@ void normalise_rows(const Task& task, const Operation& op, const Reader& reader,
                                      shift + reader.channel, op.norm.silu, to + channels);
         std::memset(to + pitch - channels, 0, channels * sizeof(Bf16));
     }
+    // The last step of the last row reads beyond it, times zero; but what an earlier frame left there may be NaN.
+    std::memset(scratch + count * pitch, 0, 2 * kDepth * sizeof(Bf16));
 }
 
 // Sums of the last convolution to their places in the output.
