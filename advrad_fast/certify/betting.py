@@ -1,9 +1,9 @@
 """Tests and bounds that may be looked at after every vote, by betting (Waudby-Smith and Ramdas, arXiv 2010.09686).
 
-A gambler doubts that P[vote] is as low as p.  At odds that are fair for p he stakes the fraction u of what he has on every vote:
-a vote multiplies it by 1 + u (1 - p) / p, its absence by 1 - u.  While P[vote] <= p this is a non-negative supermartingale from 1,
-so that it ever gets to 1 / alpha has at most probability alpha (Ville): whoever stops then, for whatever reason, errs with at most
-alpha.  That is the likelihood ratio of q = p + u (1 - p) against p.  As the right u depends on the unknown P[vote], the stake is
+A gambler doubts that P[vote] is as low as p.  At odds that are fair for p he stakes the fraction u of what he has on every
+vote: a vote multiplies it by 1 + u (1 - p) / p, its absence by 1 - u.  While P[vote] <= p this is a non-negative
+supermartingale from 1, so that it ever gets to 1 / alpha has at most probability alpha (Ville): whoever rejects then errs with at
+most alpha, however often he looks.  That is the likelihood ratio of q = p + u (1 - p) against p.  As the right u depends on the unknown P[vote], the stake is
 spread over :data:`FRACTIONS`, fixed beforehand: the mean of their fortunes is a supermartingale too.
 
 All alternatives lie on the side that is tested; a mixture over all of [0, 1] (Krichevsky and Trofimov's) wastes what it puts
@@ -108,9 +108,9 @@ class Claim(StrEnum):
 class RobustnessTest:
     """Is a decision, given beforehand, robust at ``radius``?  Stops as soon as votes settle it, either way.
 
-    With p* = :func:`vote_probability`: ROBUST is claimed when P[vote] <= p* is rejected, NOT_CERTIFIABLE when P[vote] >= p* is.  Each at
-    the full ``alpha``: whatever P[vote] is, only one of the two claims can be false, so P[a false claim] <= ``alpha``.  The decision must
-    come from elsewhere than these votes; :class:`DecisionTest` finds it from them.
+    With p* = :func:`vote_probability`, ROBUST is claimed when P[vote] <= p* is rejected, NOT_CERTIFIABLE when P[vote] >= p*
+    is.  Each at the full ``alpha``: whatever P[vote] is, only one of the two claims can be false, so P[a false claim] <=
+    ``alpha``.  The decision must come from elsewhere than these votes; :class:`DecisionTest` finds it from them.
 
     Args:
         radius: l2 in [0, 1] pixel units, >= 0.
@@ -155,11 +155,11 @@ class DecisionTest:
     P[no vote] are shown to be below p*, for which more votes would not help.  With p* > 1/2 both DEFECT and OK can be false
     claims at the same P[vote], so a is less than alpha.  Half of it would do; less is enough:
 
-    Let P[vote] be at least 1/2.  DEFECT is claimed falsely with at most a.  OK is no more probable than at 1/2, as its crossings only
-    gain from "no vote".  Where the fortune crosses, after n trials, the share of "no vote" is above p*, so changing the measure from p* to 1/2
-    costs a factor of at most exp(-n KL(p* || 1/2)); and n is at least n_min, at which all votes agree.  So P[any false claim] <=
-    a (1 + exp(-n_min KL(p* || 1/2))), which is set to alpha.  It is the same below 1/2, and where P[vote] >= p* ABSTAIN (at most
-    a) takes the place of DEFECT.
+    Let P[vote] be at least 1/2.  DEFECT is claimed falsely with at most a.  OK is claimed with no more than the probability
+    it has at 1/2, as "no vote" is what leads to it.  Where the fortune crosses, after n trials, the share of "no vote" is
+    above p*, so changing the measure from p* to 1/2 costs a factor of at most exp(-n KL(p* || 1/2)); and n is at least n_min,
+    at which all votes agree.  So P[any false claim] <= a (1 + exp(-n_min KL(p* || 1/2))), which is set to alpha.  It is the
+    same below 1/2, and where P[vote] >= p* ABSTAIN (at most a) takes the place of DEFECT.
 
     Args:
         radius, sigma, alpha, pixels: as for :class:`RobustnessTest`.
@@ -179,7 +179,7 @@ class DecisionTest:
         self._defect_hopeless = self._ok_hopeless = False
 
     def update(self, votes: NDArray[np.bool_]) -> str | None:
-        """Take a batch of votes, bool (n,), True for DEFECT, in the order drawn; those after the one that settles it are not used."""
+        """Take a batch of votes, bool (n,), True for DEFECT, in the order drawn; those after it is settled are not used."""
         votes = check_votes(votes)
         if self.outcome is not None or not votes.size:
             return self.outcome
@@ -220,7 +220,7 @@ class DecisionTest:
 
 
 class RadiusSequence:
-    """The largest radius that the votes so far certify for a decision given beforehand; it may be looked at and stopped at any time.
+    """The largest radius that the votes so far certify for a decision given beforehand; stop at any time.
 
     P[any of the radii ever shown is too large] <= ``alpha``.  For a decision that is found from the same votes run one for each
     side at ``split_alpha(alpha, 2)``.

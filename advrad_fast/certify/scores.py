@@ -13,8 +13,9 @@ P[Binomial(n, p*) >= k] <= alpha (equally: the least whose Clopper-Pearson bound
 k-th largest draw is above Q, that is if k draws are; but P[A > Q] <= p* as P[A > h] is continuous from the right.  So that has
 probability at most P[Binomial(n, p*) >= k] <= alpha.  No continuity of A is needed, ties included.  The second is its mirror.
 
-One statement covers all thresholds, so none is paid for looking at many, nor for choosing one after seeing the scores.  A lower and an
-upper score of the same image are two statements, and so are two radii or two images: :func:`split_alpha` makes them hold jointly.
+One statement covers all thresholds, so none is paid for looking at many, nor for choosing one after seeing the scores.  A
+lower and an upper score of the same image are two statements, and so are two radii or two images: :func:`split_alpha` makes
+them hold jointly.
 """
 
 from __future__ import annotations
@@ -79,14 +80,21 @@ def certified_scores(
 
 
 def certified_auroc(
-    labels: ArrayLike, scores: ArrayLike, radii: Sequence[float] | NDArray[np.floating], *, sigma: float, pixels: int, alpha: float = 0.001
+    labels: ArrayLike,
+    scores: ArrayLike,
+    radii: Sequence[float] | NDArray[np.floating],
+    *,
+    sigma: float,
+    pixels: int,
+    alpha: float = 0.001,
 ) -> NDArray[np.float64]:
-    """The certified AUROC at each radius, from one set of draws: the AUROC of lower scores of bad and upper scores of good images.
+    """The certified AUROC at each radius, from one set of draws: of the lower scores of bad and the upper of good images.
 
-    At any one radius: if all images' statements hold, no perturbation of norm below the radius, one for each image, brings the
-    AUROC of the smoothed detector (score: the median of A(x + delta), the thresholds at which it says DEFECT end there) below this
-    value.  Each statement fails with probability at most ``alpha``, all m together hold with confidence 1 - m ``alpha``: for a joint
-    claim give ``split_alpha(alpha, m)``, or ``split_alpha(alpha, m * len(radii))`` for the whole curve.
+    At any one radius: if all images' statements hold, no perturbation of norm below the radius, one for each image, brings
+    the AUROC of the smoothed detector (score: the median of A(x + delta), the thresholds at which it says DEFECT end there)
+    below this value.  Each statement fails with probability at most ``alpha``, all m together hold with confidence 1 - m
+    ``alpha``: for a joint claim give ``split_alpha(alpha, m)``, or ``split_alpha(alpha, m * len(radii))`` for the whole
+    curve.
 
     Args:
         labels: (images,) of 0 (good) and 1 (bad).
