@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 DEMO := .venv-demo
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
-BUILD := setup.py pyproject.toml $(wildcard csrc/*)
+BUILD := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 SOURCES := $(shell find advrad_fast kernels -name '*.py' -o -name '*.pyi' -o -path 'advrad_fast/data/*' -type f)
 
 .PHONY: test check demo clean

@@ -1,6 +1,7 @@
 """What pyproject.toml can't say: the C++ extension, and kernels/ installed as advrad_fast.kernels."""
 
 import sys
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
@@ -19,8 +20,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "advrad_fast._native",
-            [f"csrc/{stem}.cpp" for stem in ("bindings", "noise", "reconstruction_error", "stream", "threads", "votes")],
-            depends=[f"csrc/{stem}.hpp" for stem in ("native", "philox", "threads")],
+            sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+            depends=sorted(str(path) for path in Path("csrc").rglob("*.hpp")),
             cxx_std=17,
             extra_compile_args=FLAGS,
         )

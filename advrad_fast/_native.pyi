@@ -116,3 +116,73 @@ def normals(count: int, seed: int, draw: int = 0, image_id: int = 0) -> NDArray[
 
 def lattice_noise(count: int, lattice: Lattice, seed: int, draw: int = 0, image_id: int = 0) -> NDArray[np.int32]:
     """The first values of the lattice noise: int32 (count,), equal to :func:`advrad_fast.lattice.integers`."""
+
+def engine_kernels() -> list[str]:
+    """The engine's kernels that this processor can run: ``amx``, if it has tiles for bf16, and ``portable``, the plain form."""
+
+class Network:
+    """A network of convolutions in bf16 with fp32 sums, planned once; immutable, and shared by threads, once it is finished.
+
+    Tensors are numbers; tensor 0 is the input, folded: (height / patch, width / patch) with patch**2 times the channels.
+
+    Args:
+        batch, channels, height, width: of the input and output, float32 (batch, channels, height, width).
+        patch: divides both sides.
+        threads: that work on one run.
+        kernels: one of :func:`engine_kernels`.
+    """
+
+    def __init__(self, *, batch: int, channels: int, height: int, width: int, patch: int, threads: int, kernels: str) -> None: ...
+    def tensor(self, height: int, width: int, channels: int) -> int:
+        """An activation for operations to write and read."""
+
+    def convolution(
+        self,
+        out: int | None,
+        bias: NDArray[np.float32],
+        phases: list[list[tuple[int, NDArray[np.float32], int, int, int, bool]]],
+        *,
+        silu: bool = False,
+        residual: int | None = None,
+        norm: tuple[NDArray[np.float32], NDArray[np.float32], int, bool] | None = None,
+    ) -> None:
+        """Add ``out = silu(residual + bias + convolutions)``, each part if it is given.
+
+        Args:
+            out: None for the network's output, once, last.
+            phases: one for a plain convolution, four for one whose output is twice as large: pixel (2y + i, 2x + j) comes from
+                phase 2i + j.  A phase adds up sources (tensor, kernel, stride, top, left, normalised): tap (i, j) of a kernel
+                (channels out, channels in, height, width) reads pixel (y * stride + top + i, x * stride + left + j), at most
+                one outside, where zeros stand.
+            residual: a tensor of the output's shape.
+            norm: (gain, shift, groups, silu) of the GroupNorm before the normalised sources, whose channels stand side by side.
+        """
+
+    def attention(self, tensor: int, out: int, heads: int) -> None:
+        """Add ``out = softmax(q k^T) v``, head by head; ``tensor`` has the channels of q, k and v, in this order."""
+
+    def finish(self) -> None: ...
+    def workspace(self) -> Workspace:
+        """Memory for one run at a time."""
+
+    def run(self, workspace: Workspace, x: NDArray[np.float32], out: NDArray[np.float32]) -> None: ...
+    def profile(self, workspace: Workspace, x: NDArray[np.float32], out: NDArray[np.float32]) -> list[float]:
+        """:meth:`run`, and the seconds of every operation in turn: the input's folding, then as they were added, an attention
+        as two."""
+
+    def run_noised(
+        self,
+        workspace: Workspace,
+        image: NDArray[np.uint8],
+        seed: int,
+        signal: float,
+        noise: float,
+        input_scale: float,
+        normals: NDArray[np.float32] | None,
+        out: NDArray[np.float32],
+        *,
+        first_draw: int = 0,
+    ) -> None:
+        """:meth:`run` on the inputs that :func:`noise` makes of one image (1, H, W, C) and ``batch`` draws."""
+
+class Workspace: ...

@@ -1,4 +1,4 @@
-"""``advrad-fast``: train, inspect, evaluate, bench, backends, demo.
+"""``advrad-fast``: train, inspect, evaluate, compile, bench, backends, demo.
 
 Logs and progress go to standard error.  Exit codes: 0 fine, 1 a defect was found (or a part could not be judged), 2 something
 could not be done.
@@ -20,6 +20,7 @@ from advrad_fast import __version__
 from advrad_fast.errors import AdvRADError, ConfigError, expected
 
 OK, FOUND, FAILED = 0, 1, 2
+_CALIBRATION = 64  # frames that int8 is calibrated on, at most
 
 _INSPECT_KEYS = ("path", "outcome", "score", "threshold", "p_value", "backend", "ms")
 
@@ -95,12 +96,20 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("data", type=Path, help="the dataset's folder")
     evaluate.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
 
+    making = command("compile", _compile, "Prepare a model's network for this machine, into the cache.")
+    making.add_argument("model", type=Path, help="the model file")
+    making.add_argument("--precision", choices=("int8",), default="int8", help="int8: the rest needs no preparation")
+    making.add_argument("--calibration", nargs="+", required=True, metavar="IMAGES", help="good frames: files, folders, patterns")
+    making.add_argument("--cache", type=Path, help="folder for compiled engines (default: the platform's cache folder)")
+
     bench = command(
         "bench", _bench, "Measure this machine's CPU path against PyTorch and the machine's own peaks (needs PyTorch)."
     )
     bench.add_argument("model", type=Path, nargs="?", help="a model file (default: the demo's)")
     bench.add_argument("--frames", type=Path, help="images that the model is for (default: drawn frames)")
-    bench.add_argument("--parts", default="operations,network,inspect", help="of operations, network, inspect, paper-like")
+    bench.add_argument(
+        "--parts", default="operations,network,inspect,votes", help="of operations, network, inspect, votes, paper-like"
+    )
     bench.add_argument("--seconds", type=float, default=4.0, help="for each set of contestants (default 4)")
     bench.add_argument("--threads", type=int, help="of the operations and the engine (default: the machine's)")
     bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes a minute a network")
@@ -120,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="the model file")
     parser.add_argument("--backend", default="auto", help="auto, cpu, cuda or reference")
-    parser.add_argument("--precision", help="of the cpu backend: auto, fp32 or bf16")
+    parser.add_argument("--precision", help="of the cpu backend: auto, fp32, bf16, or int8 (see compile)")
     parser.add_argument("--threads", type=int, help="CPU threads of the engine")
     parser.add_argument("--cache", type=Path, help="folder for compiled engines (default: the platform's cache folder)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
@@ -146,6 +155,22 @@ def _output(target: str | None) -> Iterator[TextIO | None]:
     else:
         with Path(target).open("w", encoding="utf-8", newline="") as file:
             yield file
+
+
+def _compile(options: argparse.Namespace) -> int:
+    import numpy as np
+
+    from advrad_fast.backends.cpu import calibrate_int8
+    from advrad_fast.images import list_images, load_image, prepare
+    from advrad_fast.model import ModelFile
+
+    model = ModelFile.load(options.model)
+    paths = list_images(options.calibration)
+    chosen = paths[:: max(1, len(paths) // _CALIBRATION)][:_CALIBRATION]
+    images = np.stack([prepare(load_image(path), model.config.image).image for path in chosen])
+    calibrate_int8(model.config, model.weights, images, cache_dir=options.cache)
+    _say(f"calibrated on {len(images)} of {len(paths)} frames: use --precision int8, or Detector.load(..., precision='int8')")
+    return OK
 
 
 def _train(options: argparse.Namespace) -> int:

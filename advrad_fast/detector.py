@@ -166,8 +166,7 @@ class Detector:
             raise InferenceError(expected("score", "a finite number", score))
         anomaly_map = mask = None
         if result.maps is not None:
-            # In float64, as the score: rounded to float32, a threshold just below the maximum would leave the mask empty.
-            above = result.maps[0].astype(np.float64) > threshold
+            above = result.maps[0] > _float32_below(threshold)
             anomaly_map = images.map_to_frame(result.maps[0], prepared)
             mask = images.mask_to_frame(above, prepared)
         return Inspection(
@@ -204,6 +203,16 @@ class Detector:
     def _failed(self, outcome: Outcome, error: AdvRADError, start: float) -> Inspection:
         timings = MappingProxyType({"total": _ms(start)})
         return Inspection(outcome, None, self._threshold, None, None, None, self.backend, timings, error)
+
+
+def _float32_below(threshold: float) -> np.float32:
+    """The largest float32 up to ``threshold``: float32 values are above the one exactly where they are above the other.
+
+    Rounded to the nearest, a threshold just below the maximum could leave the mask of a DEFECT empty.
+    """
+    with np.errstate(over="ignore"):
+        rounded = np.float32(threshold)
+    return np.nextafter(rounded, np.float32(-np.inf)) if float(rounded) > threshold else rounded
 
 
 def _ms(start: float) -> float:

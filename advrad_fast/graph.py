@@ -28,7 +28,7 @@ _EPSILON = 1e-5  # nn.GroupNorm's
 _MAX_BYTES = 2**31 - 2**20  # protobuf refuses messages of 2 GiB
 #: Rows: the four taps a side of a stride-2 transposed convolution; columns: the taps of a 3-tap convolution on its input doubled
 #: by repetition (pad 1) that fall on the same sample.
-_DOUBLED = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=np.float64)
+DOUBLED = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=np.float64)
 
 Array = NDArray[np.float32]
 
@@ -125,7 +125,7 @@ def _silu(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return x / (1.0 + np.exp(-x))
 
 
-def _time_embedding(config: UNetConfig, weights: Mapping[str, Array], timestep: int) -> NDArray[np.float64]:
+def time_embedding(config: UNetConfig, weights: Mapping[str, Array], timestep: int) -> NDArray[np.float64]:
     """SiLU of the time MLP's output, which every block's ``embedding`` layer sees: float64 (4 * base_channels,)."""
     half = config.base_channels // 2
     # The reference rounds k * frequency to fp32 (up to 3e-5 rad at k = 999) and was trained so: do the same; the rest is float64.
@@ -182,9 +182,7 @@ class _Graph:
 
     def doubled(self, x: str, name: str) -> str:
         """Nearest doubling, then a 3x3 convolution: as the equal 4x4 transposed convolution of stride 2, at 4/9 of the work."""
-        weight = np.einsum(
-            "yk,xl,oikl->ioyx", _DOUBLED, _DOUBLED, self.weights[f"{name}.weight"].astype(np.float64), optimize=True
-        )
+        weight = np.einsum("yk,xl,oikl->ioyx", DOUBLED, DOUBLED, self.weights[f"{name}.weight"].astype(np.float64), optimize=True)
         inputs = [x, self.constant(f"{name}.weight", weight), self.constant(f"{name}.bias", self.weights[f"{name}.bias"])]
         return self.node("ConvTranspose", inputs, name, kernel_shape=[4, 4], pads=[1] * 4, strides=[2, 2])
 
@@ -326,7 +324,7 @@ def build_graph(
 
     shape = (int(batch), config.in_channels, int(height), int(width))
     with np.errstate(over="ignore", invalid="ignore"):  # damaged weights show as a non-finite score, not as a warning
-        graph = _Graph(config, weights, shape, _time_embedding(config, weights, int(timestep)))
+        graph = _Graph(config, weights, shape, time_embedding(config, weights, int(timestep)))
         graph.unet()
     if sum(constant.ByteSize() for constant in graph.constants.values()) > _MAX_BYTES:
         raise ConfigError("unet: expected weights below 2 GiB, the most an ONNX graph can hold")

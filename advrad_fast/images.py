@@ -173,7 +173,7 @@ def map_to_frame(values: NDArray[np.float32], prepared: Prepared) -> NDArray[np.
         prepared: what the map was computed from.
 
     Returns:
-        float32 ``prepared.frame_shape``.
+        float32 ``prepared.frame_shape``; ``values`` itself where the frame was not resized or aligned.
 
     Raises:
         ImageError: ``values`` is not a float32 array of that size.
@@ -187,7 +187,7 @@ def map_to_frame(values: NDArray[np.float32], prepared: Prepared) -> NDArray[np.
     if prepared.affine is not None:
         return pose.warp_back(values, prepared.affine, prepared.frame_shape)
     if values.shape == prepared.frame_shape:
-        return values.copy()
+        return values
     height, width = prepared.frame_shape
     image = Image.fromarray(np.ascontiguousarray(values))
     return np.array(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
@@ -204,11 +204,11 @@ def mask_to_frame(mask: NDArray[np.bool_], prepared: Prepared) -> NDArray[np.boo
         prepared: what the mask was computed from.
 
     Returns:
-        bool ``prepared.frame_shape``.
+        bool ``prepared.frame_shape``; ``mask`` itself where the frame was not resized or aligned.
     """
+    if mask.shape == prepared.frame_shape and prepared.affine is None:
+        return mask
     marked = map_to_frame(mask.astype(np.float32), prepared) > 0.0
-    if mask.shape == marked.shape and prepared.affine is None:
-        return marked
     height, width = prepared.frame_shape
     y, x = np.nonzero(mask)
     if prepared.affine is not None:

@@ -86,6 +86,11 @@ void lattice_noise(const Stream& stream, std::uint32_t first, std::size_t groups
 // first, then draws; channels first, or last.
 void noise(const std::uint8_t* images, const Shape& shape, std::uint64_t seed, const NoiseSettings& settings, void* out);
 
+// One channel of up to kNoiseBlock pixels of an image to fp32, with their noise `eps`: for those who want it in a place of their own.
+constexpr std::size_t kNoiseBlock = 1024;
+void noised_pixels(const std::uint8_t* pixels, std::size_t channels, std::size_t channel, std::size_t count, const float* eps,
+                   const NoiseSettings& settings, float* out);
+
 // Algorithm 4 on the difference x + input * inputs + output * outputs.  Without `images` x is left out, without `inputs` these.
 // `maps` may be null; a NaN anywhere in a result's outputs makes its score NaN.
 void reconstruction_error(const std::uint8_t* images, const float* inputs, const float* outputs, const Shape& shape,

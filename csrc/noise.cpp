@@ -6,13 +6,18 @@
 #include "philox.hpp"
 #include "threads.hpp"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace advrad {
 
 namespace {
 
-constexpr std::size_t kBlock = 1024;  // elements worked on at a time: stays in the first-level cache
+constexpr std::size_t kBlock = kNoiseBlock;  // elements worked on at a time: stays in the first-level cache
 constexpr std::size_t kTask = 4;      // blocks a task
 constexpr std::size_t kChannels = 3;
+constexpr std::size_t kCaches = 16 << 20;  // bytes that may stay in a cache until the network reads them
 
 // `count` pixels of one channel, uint8 to [-1, 1].
 template <int Channels>
@@ -63,6 +68,26 @@ ADVRAD_INLINE void store(const float* ADVRAD_RESTRICT x, std::size_t count, std:
         for (std::size_t i = 0; i < count; ++i) out[i * stride] = convert(x[i]);
 }
 
+// Past the caches: what is too large to stay in them would otherwise be read before it is written.
+ADVRAD_INLINE void stream(const float* ADVRAD_RESTRICT x, std::size_t count, float* out) {
+#if defined(__SSE2__)
+    if (reinterpret_cast<std::uintptr_t>(out) % 16 == 0) {
+        std::size_t i = 0;
+        for (; i + 4 <= count; i += 4) _mm_stream_ps(out + i, _mm_loadu_ps(x + i));
+        for (; i < count; ++i) out[i] = x[i];
+        return;
+    }
+#endif
+    std::copy_n(x, count, out);
+}
+
+// Before another thread may read what was streamed.
+ADVRAD_INLINE void fence() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 struct Noises {
     float normal[kBlock + 8];
     std::int32_t lattice[kBlock + 8];
@@ -73,7 +98,8 @@ struct Noises {
 // One channel of one block of pixels (at most kBlock), with its noise, to `out` in the format and at the stride asked for.
 ADVRAD_CLONES
 void noise_block(const std::uint8_t* pixels, std::size_t channels, std::size_t channel, std::size_t count, const float* eps,
-                 const std::int32_t* z, const NoiseSettings& settings, void* out, std::size_t offset, std::size_t stride) {
+                 const std::int32_t* z, const NoiseSettings& settings, void* out, std::size_t offset, std::size_t stride,
+                 bool past_caches) {
     const float signal = settings.signal, noise = settings.noise, input_scale = settings.input_scale;
     float x[kBlock];
     load_channel(pixels, channels, channel, z, count, x);
@@ -83,7 +109,10 @@ void noise_block(const std::uint8_t* pixels, std::size_t channels, std::size_t c
         for (std::size_t i = 0; i < count; ++i) x[i] = input_scale * (signal * x[i] + noise * eps[i]);
     switch (settings.format) {
         case Format::fp32:
-            store(x, count, stride, static_cast<float*>(out) + offset, [](float v) { return v; });
+            if (past_caches && stride == 1)
+                stream(x, count, static_cast<float*>(out) + offset);
+            else
+                store(x, count, stride, static_cast<float*>(out) + offset, [](float v) { return v; });
             break;
         case Format::fp16:
             store(x, count, stride, static_cast<std::uint16_t*>(out) + offset, to_fp16);
@@ -94,9 +123,19 @@ void noise_block(const std::uint8_t* pixels, std::size_t channels, std::size_t c
     }
 }
 
+ADVRAD_CLONES
+void noised_pixels(const std::uint8_t* pixels, std::size_t channels, std::size_t channel, std::size_t count, const float* eps,
+                   const NoiseSettings& settings, float* out) {
+    const float signal = settings.signal, noise = settings.noise, input_scale = settings.input_scale;
+    float x[kBlock];
+    load_channel(pixels, channels, channel, nullptr, count, x);
+    for (std::size_t i = 0; i < count; ++i) out[i] = input_scale * (signal * x[i] + noise * eps[i]);
+}
+
 void noise(const std::uint8_t* images, const Shape& shape, std::uint64_t seed, const NoiseSettings& settings, void* out) {
     const std::size_t draws = shape.draws, plane = shape.plane(), channels = shape.channels;
     const std::size_t chunk = kBlock * kTask, chunks = (plane + chunk - 1) / chunk;
+    const bool past_caches = shape.images * draws * shape.image() * sizeof(float) > kCaches;
     const bool lattice = settings.lattice.thresholds != nullptr;
     parallel(draws * chunks, settings.threads, [&](std::size_t task, std::size_t) {
         const std::size_t draw = task / chunks, begin = task % chunks * chunk, end = std::min(plane, begin + chunk);
@@ -125,9 +164,10 @@ void noise(const std::uint8_t* images, const Shape& shape, std::uint64_t seed, c
                     noise_block(images + n * shape.image() + pixel * channels, channels, c, count, eps[c],
                                 lattice ? noises[c].lattice + shift[c] : nullptr, settings, out,
                                 start + (settings.channels_last ? pixel * channels + c : c * plane + pixel),
-                                settings.channels_last ? channels : 1);
+                                settings.channels_last ? channels : 1, past_caches);
             }
         }
+        if (past_caches) fence();
     });
 }
 

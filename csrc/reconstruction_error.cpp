@@ -194,18 +194,17 @@ class Operation {
     }
 
     void run(float* maps, float* scores) const {
-        const std::size_t results = shape_.images * shape_.groups, threads = settings_.threads;
+        const std::size_t results = shape_.images * shape_.groups;
+        const std::size_t threads = std::min(settings_.threads, std::max(results, std::max(shape_.height / kStrip, tiles())));
         const auto map_of = [&](std::size_t i) { return maps == nullptr ? nullptr : maps + i * shape_.plane(); };
-        const auto spaces = [&](std::size_t count) {
-            std::vector<Space> all;
-            for (std::size_t i = 0; i < count; ++i) all.emplace_back(*this);
-            return all;
-        };
+        // Kept by the calling thread from one call to the next: the system takes longer to hand out fresh memory than we to fill it.
+        thread_local std::vector<Space> kept;
+        if (!kept.empty() && !kept[0].fits(*this)) kept.clear();
+        while (kept.size() < threads) kept.emplace_back(*this);
+        const Space* own = kept.data();
         if (results < threads) {  // all threads on each result
-            const auto strips = spaces(threads);
-            for (std::size_t i = 0; i < results; ++i) scores[i] = result(i, strips.data(), threads, map_of(i));
+            for (std::size_t i = 0; i < results; ++i) scores[i] = result(i, own, threads, map_of(i));
         } else {
-            const auto own = spaces(std::min(results, threads));
             parallel(results, threads, [&](std::size_t i, std::size_t slot) { scores[i] = result(i, &own[slot], 1, map_of(i)); });
         }
     }
@@ -214,23 +213,30 @@ class Operation {
     // A thread's memory: a strip, and the first one's rows for a whole map with the filter's margins above and below.
     struct Space {
         explicit Space(const Operation& o)
-            : strip(new Strip(o.shape_.width, o.reach_)),
+            : height(o.shape_.height), width(o.shape_.width), size(o.settings_.filter_size),
+              strip(new Strip(o.shape_.width, o.reach_)),
               rows(buffer((o.shape_.height + 2 * o.reach_) * o.shape_.width)),
               suffix(buffer(o.settings_.filter_size * kTile)) {}
+        bool fits(const Operation& o) const {
+            return height == o.shape_.height && width == o.shape_.width && size == o.settings_.filter_size;
+        }
+        std::size_t height, width, size;
         std::unique_ptr<Strip> strip;
         std::unique_ptr<float[]> rows, suffix;
     };
 
+    std::size_t tiles() const { return (shape_.width + kTile - 1) / kTile; }
+
     float result(std::size_t index, const Space* spaces, std::size_t threads, float* map) const {
-        const std::size_t height = shape_.height, width = shape_.width, tiles = (width + kTile - 1) / kTile;
+        const std::size_t height = shape_.height, width = shape_.width;
         float* rows = spaces[0].rows.get();
         std::fill_n(rows, reach_ * width, 0.0f);
         std::fill_n(rows + (reach_ + height) * width, reach_ * width, 0.0f);
         parallel(height / kStrip, threads, [&](std::size_t strip, std::size_t slot) {
             filtered_strip(index, strip * kStrip, *spaces[slot].strip, rows + (reach_ + strip * kStrip) * width);
         });
-        std::vector<float> best(tiles);
-        parallel(tiles, threads, [&](std::size_t tile, std::size_t slot) {
+        std::vector<float> best(tiles());
+        parallel(tiles(), threads, [&](std::size_t tile, std::size_t slot) {
             best[tile] = finish_tile(rows, tile * kTile, spaces[slot].suffix.get(), map);
         });
         float score = best[0];

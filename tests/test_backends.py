@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from advrad_fast import backends, graph
 from advrad_fast.backends import base, cache
-from advrad_fast.backends.cpu import CpuBackend
+from advrad_fast.backends.cpu import CpuBackend, choose
+from advrad_fast.backends.native_engine import KERNELS
 from advrad_fast.backends.reference import ReferenceBackend
 from advrad_fast.config import DetectorConfig, DiffusionConfig, ImageConfig, ScoreConfig, UNetConfig
 from advrad_fast.errors import BackendUnavailableError, ConfigError, ImageError, InferenceError, ModelFileError
@@ -247,7 +248,7 @@ def test_cache_hit_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.Monke
     (blob,) = folder.iterdir()
     assert blob.suffix == ".blob"
     with monkeypatch.context() as patch:
-        patch.setattr("advrad_fast.backends.cpu.build_graph", None)  # a hit builds nothing
+        patch.setattr("advrad_fast.backends.openvino_engine.build_graph", None)  # a hit builds nothing
         assert same(wanted, cpu(cache_dir=str(folder)).score(frames(), seed=2, want_maps=True))
     changed = {**WEIGHTS, "head.bias": WEIGHTS["head.bias"] + np.float32(1.0)}
     other = cpu(cache_dir=folder, weights=changed).score(frames(), seed=2, want_maps=True)
@@ -362,7 +363,7 @@ def test_available_names_every_backend() -> None:
     statuses = backends.available()
     assert tuple(status.name for status in statuses) == backends.BACKENDS
     by_name = {status.name: status for status in statuses}
-    assert by_name["cpu"].usable and "OpenVINO" in by_name["cpu"].detail
+    assert by_name["cpu"].usable and ("native engine (AMX)" if "amx" in KERNELS else "OpenVINO") in by_name["cpu"].detail
     assert by_name["reference"].usable and torch.__version__ in by_name["reference"].detail
     assert not by_name["cuda"].usable and by_name["cuda"].detail.endswith("not built in this version")
 
@@ -401,16 +402,34 @@ def test_create_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         backends.create("cpu", CONFIG, WEIGHTS, MU, INVERSE_SPREAD)
 
 
-def test_bf16_is_refused_where_it_would_be_emulated() -> None:
-    from advrad_fast.backends.cpu import _choose
-
-    class Core:
-        def get_property(self, device: str, name: str) -> Any:
-            return {"FULL_DEVICE_NAME": "Core 2 Duo", "OPTIMIZATION_CAPABILITIES": ["FP32", "FP16", "INT8"]}[name]
-
-    assert _choose(Core(), "auto") == _choose(Core(), "fp32") == "fp32"
-    with pytest.raises(BackendUnavailableError, match="Core 2 Duo has no bf16"):
-        _choose(Core(), "bf16")
+@pytest.mark.parametrize(
+    ("kernels", "openvino_bf16", "choices"),
+    [
+        (("amx", "portable"), True, {"auto": ("native", "bf16"), "bf16": ("native", "bf16"), "fp32": ("openvino", "fp32")}),
+        (("portable",), True, {"auto": ("openvino", "bf16"), "bf16": ("openvino", "bf16"), "fp32": ("openvino", "fp32")}),
+        (("portable",), False, {"auto": ("openvino", "fp32"), "bf16": None, "fp32": ("openvino", "fp32")}),
+    ],
+)
+def test_engine_and_precision(
+    monkeypatch: pytest.MonkeyPatch, kernels: tuple[str, ...], openvino_bf16: bool, choices: dict[Any, Any]
+) -> None:
+    """bf16 only where it would not be emulated, and by our own engine where there are tiles for it."""
+    monkeypatch.setattr("advrad_fast.backends.cpu.KERNELS", kernels)
+    monkeypatch.setattr("advrad_fast.backends.openvino_engine.computes_bf16", lambda: openvino_bf16)
+    for precision, wanted in choices.items():
+        if wanted is None:
+            with pytest.raises(BackendUnavailableError, match="has no bf16 arithmetic; use precision='fp32'"):
+                choose(precision)
+        else:
+            assert choose(precision) == wanted
+    for precision in ("auto", "bf16"):
+        if "amx" not in kernels:
+            with pytest.raises(BackendUnavailableError, match="needs a processor with AMX"):
+                choose(precision, "native")
+        if openvino_bf16:
+            assert choose(precision, "openvino") == ("openvino", "bf16")
+    with pytest.raises(BackendUnavailableError, match="computes in bf16"):
+        choose("fp32", "native")
 
 
 def test_importing_loads_no_engine() -> None:
@@ -419,7 +438,7 @@ def test_importing_loads_no_engine() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, env=dict(os.environ)
     )
     assert done.stdout.strip() == "[]"
-    code = "import sys, advrad_fast.backends.cpu; print('torch' in sys.modules)"
+    code = "import sys, advrad_fast.backends.cpu; print('torch' in sys.modules or 'openvino' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, env=dict(os.environ)
     )

@@ -39,7 +39,8 @@ TORCH = ("reference", "training", "evaluation.attacks", "evaluation.baselines", 
 
 # Other heavy or optional libraries, and their homes.
 HOMES = {
-    "openvino": ("backends", "bench", "cli"),
+    "openvino": ("backends",),
+    "nncf": ("backends",),
     "tensorrt": ("backends", "cli"),
     "tensorrt_rtx": ("backends", "cli"),
     "pycuda": ("backends", "cli", "kernels"),

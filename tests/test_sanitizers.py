@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("test_lattice", "test_native", "test_noise", "test_philox", "test_reconstruction_error", "test_votes")
+TESTS = ("test_engine", "test_lattice", "test_native", "test_noise", "test_philox", "test_reconstruction_error", "test_votes")
 
 BUILD = """
 import sys

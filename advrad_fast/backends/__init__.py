@@ -45,7 +45,8 @@ def create(
         weights: float32, exactly :func:`advrad_fast.graph.expected_tensors` of ``config.unet``.
         mu, inverse_spread: float32 (H, W), the normal map and one over its spread (ones where unused).
         threads: of the network; None for the library's choice.
-        precision: ``fp32``, ``bf16``, or ``auto`` for the fastest that the device computes in.
+        precision: ``fp32``, ``bf16``, ``int8`` (once it has been calibrated), or ``auto`` for the faster of the first two that
+            the device computes in.
         cache_dir: where compiled networks are kept; None for the platform's cache folder, False for nowhere.
 
     Raises:
@@ -69,7 +70,7 @@ def create(
         from advrad_fast.backends.cpu import CpuBackend
 
         return CpuBackend(config, weights, mu, inverse_spread, threads=threads, precision=precision, cache_dir=cache_dir)
-    if precision == "bf16":
+    if precision not in ("auto", "fp32"):
         raise ConfigError(expected("precision", "'auto' or 'fp32' for the reference backend", precision))
     from advrad_fast.backends.reference import ReferenceBackend
 

@@ -14,8 +14,8 @@ from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import ConfigError, ImageError, InferenceError, ModelFileError, expected
 from advrad_fast.philox import check_seed
 
-Precision = Literal["auto", "fp32", "bf16"]
-PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16")
+Precision = Literal["auto", "fp32", "bf16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16", "int8")
 
 MAX_THREADS = 1024
 
@@ -46,7 +46,7 @@ class Backend(Protocol):
 
     @property
     def precision(self) -> str:
-        """What the network computes in: ``fp32`` or ``bf16``."""
+        """What the network computes in: ``fp32``, ``bf16`` or ``int8``."""
 
     def score(self, images: NDArray[np.uint8], *, seed: int, want_maps: bool) -> Scores:
         """Score images.  An image's result depends on it and on ``seed``, never on its neighbours.
@@ -80,10 +80,9 @@ class BackendStatus:
 
 @dataclass(frozen=True)
 class Frame:
-    """One image's result, before it is checked: score, map (H, W) or None, and the milliseconds of the three steps."""
+    """One image's result, before it is checked: its score, and the milliseconds of the three steps."""
 
     score: float
-    map: Array | None
     noise: float
     network: float
     error: float
@@ -103,8 +102,8 @@ class FrameBackend(ABC):
         self._config = config
 
     @abstractmethod
-    def _frame(self, image: NDArray[np.uint8], seed: int, want_map: bool) -> Frame:
-        """Score one C-contiguous image (1, H, W, C)."""
+    def _frame(self, image: NDArray[np.uint8], seed: int, maps: Array | None) -> Frame:
+        """Score one C-contiguous image (1, H, W, C), and fill in its map (1, H, W) if there is one to fill in."""
 
     def score(self, images: NDArray[np.uint8], *, seed: int, want_maps: bool) -> Scores:
         """See :meth:`Backend.score`."""
@@ -118,16 +117,13 @@ class FrameBackend(ABC):
         maps = np.empty((len(images), *shape[:2]), dtype=np.float32) if want_maps else None
         timings = dict.fromkeys(("noise", "network", "error"), 0.0)
         for i in range(len(images)):
-            frame = self._frame(np.ascontiguousarray(images[i : i + 1]), seed, want_maps)
+            only = None if maps is None else maps[i : i + 1]
+            frame = self._frame(np.ascontiguousarray(images[i : i + 1]), seed, only)
             if not np.isfinite(frame.score):
                 raise InferenceError(expected(f"images[{i}]: score", "a finite number", frame.score))
             scores[i] = frame.score
-            if maps is not None and frame.map is not None:
-                if not np.isfinite(frame.map).all():
-                    raise InferenceError(
-                        f"images[{i}]: expected a finite anomaly map, got {frame.map.size} values with NaN or infinity"
-                    )
-                maps[i] = frame.map
+            if only is not None and not np.isfinite(only).all():
+                raise InferenceError(f"images[{i}]: expected a finite anomaly map, got {only.size} values with NaN or infinity")
             for name in timings:
                 timings[name] += getattr(frame, name)
         return Scores(scores, maps, timings)

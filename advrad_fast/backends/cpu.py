@@ -1,17 +1,16 @@
-"""The OpenVINO pipeline for CPUs: bf16 where the processor has it, fp32 elsewhere."""
+"""The pipeline for CPUs: the fused operations around the network, in bf16 where the processor has it and fp32 elsewhere."""
 
 from __future__ import annotations
 
-import logging
+import importlib
 import platform
+import re
 from collections.abc import Mapping
-from io import BytesIO
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
-import openvino as ov
 from numpy.typing import NDArray
 
 from advrad_fast import _native as operations
@@ -28,28 +27,48 @@ from advrad_fast.backends.base import (
     milliseconds,
     now,
 )
+from advrad_fast.backends.native_engine import KERNELS, NativeEngine, NativeRequest
 from advrad_fast.config import DetectorConfig
-from advrad_fast.errors import BackendUnavailableError, InferenceError
-from advrad_fast.graph import GRAPH_VERSION, build_graph, check_weights
+from advrad_fast.errors import BackendUnavailableError, ConfigError, expected
+from advrad_fast.graph import check_weights
 
-_log = logging.getLogger(__name__)
+EngineName = Literal["auto", "native", "openvino"]
+
+
+class Request(Protocol):
+    """One run of the network at a time: fill ``x``, then ``infer``."""
+
+    x: Array
+
+    def infer(self) -> Array: ...
+
+
+class Engine(Protocol):
+    """A network of a fixed batch; :class:`NativeEngine` or OpenVINO's."""
+
+    name: str
+    precision: str
+    threads: int
+
+    def request(self) -> Request: ...
 
 
 class CpuBackend(FrameBackend):
-    """OpenVINO on the CPU, one compiled network of batch ``config.diffusion.draws``.
+    """One network of batch ``config.diffusion.draws``, and the operations around it.
 
     Args:
         config: the detector's settings.
         weights: float32, exactly :func:`advrad_fast.graph.expected_tensors` of ``config.unet``.
         mu, inverse_spread: float32 (H, W), the normal map and one over its spread; copied.
-        threads: of the network and the operations around it; None for OpenVINO's choice, one a physical core.
-        precision: ``auto`` is bf16 where the processor computes in it, fp32 elsewhere.
-        cache_dir: where compiled networks are kept; None for the platform's cache folder, False for nowhere.
+        threads: of the network and the operations around it; None for one a physical core.
+        precision: ``auto`` is bf16 where the processor computes in it, fp32 elsewhere; ``int8`` needs :func:`calibrate_int8`.
+        cache_dir: where OpenVINO's compiled networks are kept; None for the platform's cache folder, False for nowhere.
+        engine: ``native`` needs a processor with AMX, and is the choice there in bf16; ``openvino`` runs everywhere.
 
     Raises:
         ModelFileError: a tensor is missing, unknown, mis-shaped or not float32.
         ConfigError: an option is out of range.
-        BackendUnavailableError: the processor has no bf16 and it was asked for, or OpenVINO cannot compile the network.
+        BackendUnavailableError: the processor cannot do what was asked for, or OpenVINO cannot compile the network.
     """
 
     name = "cpu"
@@ -64,6 +83,7 @@ class CpuBackend(FrameBackend):
         threads: int | None = None,
         precision: Precision = "auto",
         cache_dir: cache.CacheDir = None,
+        engine: EngineName = "auto",
     ) -> None:
         super().__init__(config, mu, inverse_spread)
         check_weights(config.unet, weights)
@@ -75,66 +95,54 @@ class CpuBackend(FrameBackend):
             config.unet.sigma_data,
         )
         self._error_coefficients = schedule.error_coefficients(self._coefficients)
-        try:
-            core = ov.Core()
-            self.precision = _choose(core, precision)
-            self._compiled = compile_network(config, weights, self.precision, threads=threads, folder=folder, core=core)
-            self._threads = int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
-        except RuntimeError as error:
-            raise BackendUnavailableError(f"cpu: OpenVINO cannot compile the network: {error}") from error
+        self._engine = compile_network(config, weights, precision=precision, engine=engine, threads=threads, folder=folder)
+        self.precision = self._engine.precision
         self._kept: tuple[int, Array | None] | None = None  # the last seed, and its noise once it came twice
         # Requests and their input arrays, one for every thread that has been inside _frame at the same time.
-        self._requests: SimpleQueue[tuple[Any, Array]] = SimpleQueue()
-        self._requests.put(self._request())
+        self._requests: SimpleQueue[Request] = SimpleQueue()
+        self._requests.put(self._engine.request())
 
-    def _request(self) -> tuple[Any, Array]:
-        image = self._config.image
-        x = np.zeros((self._config.diffusion.draws, image.channels, image.height, image.width), dtype=np.float32)
-        request = self._compiled.create_infer_request()
-        request.set_input_tensor(ov.Tensor(x, shared_memory=True))
-        return request, x
-
-    def _frame(self, image: NDArray[np.uint8], seed: int, want_map: bool) -> Frame:
+    def _frame(self, image: NDArray[np.uint8], seed: int, maps: Array | None) -> Frame:
         config, c = self._config, self._coefficients
         draws = config.diffusion.draws
+        threads = self._engine.threads
         try:
-            request, x = self._requests.get_nowait()
+            request = self._requests.get_nowait()
         except Empty:
-            request, x = self._request()
-        try:
-            start = now()
-            normals = self._normals(seed)
-            operations.noise(image, draws, seed, c.signal, c.noise, c.input_scale, x, normals=normals, threads=self._threads)
+            request = self._engine.request()
+        start = now()
+        normals = self._normals(seed)
+        if isinstance(request, NativeRequest) and not c.skip:  # the error needs no inputs: they are made where the network reads
             noised = now()
-            request.infer()
-            outputs = request.get_output_tensor().data  # the request's own memory: read before it goes back to the queue
-            inferred = now()
-            scores = np.empty(1, dtype=np.float32)
-            maps = np.empty((1, *image.shape[1:3]), dtype=np.float32) if want_map else None
-            operations.reconstruction_error(
-                image,
-                x if c.skip else None,
-                outputs,
-                draws,
-                *self._error_coefficients,
-                config.score.scale_weights,
-                config.score.filter_size,
-                self._mu,
-                self._inverse_spread,
-                maps,
-                scores,
-                threads=self._threads,
-            )
-        except RuntimeError as error:
-            raise InferenceError(f"cpu: OpenVINO failed: {error}") from error
-        finally:
-            self._requests.put((request, x))
+            outputs = request.infer_noised(image, seed, c.signal, c.noise, c.input_scale, normals)
+        else:
+            operations.noise(image, draws, seed, c.signal, c.noise, c.input_scale, request.x, normals=normals, threads=threads)
+            noised = now()
+            outputs = request.infer()  # the request's own memory: read before it goes back to the queue
+        inferred = now()
+        scores = np.empty(1, dtype=np.float32)
+        operations.reconstruction_error(
+            image,
+            request.x if c.skip else None,
+            outputs,
+            draws,
+            *self._error_coefficients,
+            config.score.scale_weights,
+            config.score.filter_size,
+            self._mu,
+            self._inverse_spread,
+            maps,
+            scores,
+            threads=threads,
+        )
+        end = now()
+        if np.isfinite(scores[0]):  # a NaN may live on in an engine's memory: such a request is not used again
+            self._requests.put(request)
         return Frame(
             score=float(scores[0]),
-            map=None if maps is None else maps[0],
             noise=milliseconds(start, noised),
             network=milliseconds(noised, inferred),
-            error=milliseconds(inferred, now()),
+            error=milliseconds(inferred, end),
         )
 
     def _normals(self, seed: int) -> Array | None:
@@ -157,92 +165,107 @@ class CpuBackend(FrameBackend):
 
 def status() -> BackendStatus:
     """What :class:`CpuBackend` would run here."""
-    core = ov.Core()
-    device = core.get_property("CPU", "FULL_DEVICE_NAME")
-    return BackendStatus("cpu", True, f"{device}, OpenVINO {_version()}, {_choose(core, 'auto')}")
+    kind, precision = choose("auto")
+    engine = "native engine (AMX)" if kind == "native" else f"OpenVINO {_openvino().version()}"
+    return BackendStatus("cpu", True, f"{processor()}, {engine}, {precision}")
 
 
-def _version() -> str:
-    return str(ov.get_version()).partition("-")[0]
-
-
-def _choose(core: Any, precision: Precision) -> str:
-    """``fp32`` or ``bf16``; bf16 only where the processor computes in it, as elsewhere it would be emulated."""
-    native = _has_bf16(core)
-    if precision == "bf16" and not native:
-        raise BackendUnavailableError(
-            f"cpu: {core.get_property('CPU', 'FULL_DEVICE_NAME')} has no bf16 arithmetic; use precision='fp32'"
-        )
-    return "bf16" if native and precision != "fp32" else "fp32"
-
-
-def _has_bf16(core: Any) -> bool:
-    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
-def precisions() -> tuple[str, ...]:
+def precisions() -> tuple[Precision, ...]:
     """What this processor computes in: ``fp32``, and ``bf16`` where it would not be emulated."""
-    return ("fp32", "bf16") if _has_bf16(ov.Core()) else ("fp32",)
+    return ("fp32", "bf16") if "amx" in KERNELS or _openvino().computes_bf16() else ("fp32",)
+
+
+def has_int8(config: DetectorConfig, weights: Mapping[str, Array], *, cache_dir: cache.CacheDir = None) -> bool:
+    """Whether :func:`calibrate_int8` has been here."""
+    found: bool = _openvino().has_int8(config, weights, batch=config.diffusion.draws, folder=cache.folder(cache_dir))
+    return found
+
+
+def choose(precision: Precision, engine: EngineName = "auto") -> tuple[str, str]:
+    """The engine, ``native`` or ``openvino``, and the precision, ``fp32``, ``bf16`` or ``int8``.
+
+    bf16 only where the processor computes in it: in the native engine where there are AMX tiles, else in OpenVINO.
+
+    Raises:
+        BackendUnavailableError: the processor cannot do what was asked for.
+    """
+    if engine == "native" and (precision in ("fp32", "int8") or "amx" not in KERNELS):
+        raise BackendUnavailableError("cpu: the native engine computes in bf16 and needs a processor with AMX")
+    if precision in ("fp32", "int8"):
+        return "openvino", precision
+    if engine != "openvino" and "amx" in KERNELS:
+        return "native", "bf16"
+    if _openvino().computes_bf16():
+        return "openvino", "bf16"
+    if precision == "bf16":
+        raise BackendUnavailableError(f"cpu: {processor()} has no bf16 arithmetic; use precision='fp32'")
+    return "openvino", "fp32"
 
 
 def compile_network(
     config: DetectorConfig,
     weights: Mapping[str, Array],
-    precision: str,
     *,
+    precision: Precision = "auto",
+    engine: EngineName = "auto",
     batch: int | None = None,
     threads: int | None = None,
     folder: Path | None = None,
-    core: Any = None,
-) -> Any:
-    """The network as an OpenVINO ``CompiledModel`` for one request at a time, from the cache or compiled and put there.
+) -> Engine:
+    """The network in the engine that :func:`choose` names.
 
     Args:
-        precision: ``fp32`` or ``bf16``.
         batch: images a call; None for ``config.diffusion.draws``.
-        threads: None for OpenVINO's choice, one a physical core.
-        folder: the cache; None for none.
-        core: an ``openvino.Core`` to use.
+        threads: None for one a physical core.
+        folder: the cache of OpenVINO's compiled networks; None for none.  The native engine needs none.
 
     Raises:
-        RuntimeError: OpenVINO cannot compile it.
+        BackendUnavailableError: the processor cannot do what was asked for, or OpenVINO cannot compile the network.
     """
-    core = core or ov.Core()
-    options: dict[str, Any] = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
-    }
-    if threads is not None:
-        options["INFERENCE_NUM_THREADS"] = threads
-    size = {
-        "height": config.image.height,
-        "width": config.image.width,
-        "batch": config.diffusion.draws if batch is None else batch,
-        "timestep": config.diffusion.timestep,
-    }
+    kind, chosen = choose(precision, engine)
+    batch = config.diffusion.draws if batch is None else batch
+    if kind == "native":
+        return NativeEngine(config, weights, batch=batch, threads=threads)
+    return _openvino().OpenVinoEngine(config, weights, chosen, batch=batch, threads=threads, folder=folder)  # type: ignore[no-any-return]
+
+
+def calibrate_int8(
+    config: DetectorConfig, weights: Mapping[str, Array], images: NDArray[np.uint8], *, cache_dir: cache.CacheDir = None
+) -> None:
+    """Calibrate a network for ``precision="int8"`` and put it into the cache, for every detector of these weights.
+
+    Args:
+        images: uint8 (N, H, W, C), prepared normals; a few dozen do.
+
+    Raises:
+        ConfigError: there is no cache folder, or there are no images.
+        BackendUnavailableError: nncf is not installed, or the cache cannot be written.
+    """
+    folder = cache.folder(cache_dir)
     if folder is None:
-        return core.compile_model(_read(core, config, weights, size), "CPU", options)
-    name = cache.key(
-        weights,
-        graph=GRAPH_VERSION,
-        unet=config.unet.to_json(),
-        size=size,
-        options=sorted(options.items()),
-        openvino=str(ov.get_version()),
-        device=(platform.machine(), core.get_property("CPU", "FULL_DEVICE_NAME")),
-        capabilities=sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
-    )
-    blob = cache.load(folder, name)
-    if blob is not None:
-        try:
-            return core.import_model(BytesIO(blob), "CPU", options)
-        except RuntimeError as error:
-            _log.warning("OpenVINO refuses the compiled network %s in %s; compiling again: %s", name, folder, error)
-    compiled = core.compile_model(_read(core, config, weights, size), "CPU", options)
-    exported = compiled.export_model()
-    cache.store(folder, name, exported.getvalue() if isinstance(exported, BytesIO) else bytes(exported))
-    return compiled
+        raise ConfigError(expected("cache_dir", "a folder to keep the int8 network in", cache_dir))
+    if len(images) == 0:
+        raise ConfigError(expected("images", "at least one image", 0))
+    diffusion = config.diffusion
+    bar = float(schedule.alpha_bar(diffusion)[diffusion.timestep])
+    c = schedule.coefficients(config.unet.prediction, bar, config.unet.sigma_data)
+    inputs = []
+    for i, image in enumerate(images):
+        x = np.empty((diffusion.draws, config.image.channels, config.image.height, config.image.width), dtype=np.float32)
+        operations.noise(np.ascontiguousarray(image[None]), len(x), i, c.signal, c.noise, c.input_scale, x)
+        inputs.append(x)
+    _openvino().quantise(config, weights, inputs, batch=diffusion.draws, folder=folder)
 
 
-def _read(core: Any, config: DetectorConfig, weights: Mapping[str, Array], size: Mapping[str, int]) -> Any:
-    return core.read_model(build_graph(config.unet, weights, **size).SerializeToString())
+def _openvino() -> Any:
+    """Loaded where it is needed: it takes longer than everything else together."""
+    return importlib.import_module("advrad_fast.backends.openvino_engine")
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()

@@ -56,7 +56,7 @@ class ReferenceBackend(FrameBackend):
         self._eps: tuple[int, Tensor] | None = None
 
     @torch.inference_mode()
-    def _frame(self, image: NDArray[np.uint8], seed: int, want_map: bool) -> Frame:
+    def _frame(self, image: NDArray[np.uint8], seed: int, maps: NDArray[np.float32] | None) -> Frame:
         config, c = self._config, self._coefficients
         start = now()
         images = torch.from_numpy(np.array(image))
@@ -66,10 +66,11 @@ class ReferenceBackend(FrameBackend):
         timesteps = torch.full((len(x),), config.diffusion.timestep)
         outputs = self._network(x, timesteps)
         inferred = now()
-        scores, maps = score.reconstruction_error(images, outputs, eps, self._mu, self._inverse_spread, config.score, c)
+        scores, errors = score.reconstruction_error(images, outputs, eps, self._mu, self._inverse_spread, config.score, c)
+        if maps is not None:
+            maps[:] = errors.numpy()
         return Frame(
             score=float(scores[0]),
-            map=maps[0].numpy() if want_map else None,
             noise=milliseconds(start, noised),
             network=milliseconds(noised, inferred),
             error=milliseconds(inferred, now()),

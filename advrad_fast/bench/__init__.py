@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from advrad_fast.bench import inspection, network, operations, peaks
+from advrad_fast.bench import inspection, network, operations, peaks, votes
 from advrad_fast.config import DetectorConfig, UNetConfig
 from advrad_fast.graph import expected_tensors
 from advrad_fast.images import list_images, load_image
@@ -29,14 +29,14 @@ PAPER_LIKE = UNetConfig(
     prediction="eps",
 )
 
-PARTS = ("operations", "network", "inspect", "paper-like")
+PARTS = ("operations", "network", "inspect", "votes", "paper-like")
 
 
 def run(
     model: Path,
     *,
     frames: Path | None = None,
-    parts: tuple[str, ...] = ("operations", "network", "inspect"),
+    parts: tuple[str, ...] = ("operations", "network", "inspect", "votes"),
     seconds: float = 4.0,
     threads: int | None = None,
     compile_torch: bool = True,
@@ -77,12 +77,14 @@ def _rows(
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     options: dict[str, Any] = {"seconds": seconds, "threads": threads, "compile_torch": compile_torch}
     if "operations" in parts:
-        yield from ((row, {}) for row in operations.rows(top, seconds=seconds, threads=threads))
+        yield from ((row, {}) for row in operations.rows(top, **options))
     if "network" in parts:
         yield from network.rows(model.stem, loaded.config, loaded.weights, top, **options)
     if "paper-like" in parts:
-        weights = {n: _random(s, i) for i, (n, s) in enumerate(expected_tensors(PAPER_LIKE).items())}
+        weights = {n: random_weights(s, i) for i, (n, s) in enumerate(expected_tensors(PAPER_LIKE).items())}
         yield from network.rows("paper-like", DetectorConfig(unet=PAPER_LIKE), weights, top, **options)
+    if "votes" in parts:
+        yield from votes.rows(model.stem, loaded, seconds=seconds, threads=threads)
     if "inspect" in parts:
         paths = [] if frames is None else list_images([frames])
         chosen = {str(p): load_image(p) for p in paths[:: max(1, len(paths) // 20)][:20]}
@@ -93,7 +95,7 @@ def _tera(rate: float) -> float:
     return round(rate / 1e12, 3)
 
 
-def _random(shape: tuple[int, ...], seed: int) -> Any:
+def random_weights(shape: tuple[int, ...], seed: int) -> Any:
     """Weights under which activations stay near 1: the time does not depend on their values, parity checks do."""
     rng = np.random.default_rng(seed)
     values = rng.standard_normal(shape, dtype=np.float32)

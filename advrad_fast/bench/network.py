@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,15 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from advrad_fast.backends.cpu import compile_network, precisions
+from advrad_fast.backends.cpu import Request, compile_network, precisions
 from advrad_fast.bench.peaks import Peaks
-from advrad_fast.bench.timing import alternate, row
+from advrad_fast.bench.timing import alternate, row, torch_compiled
 from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import InferenceError
 from advrad_fast.graph import build_graph
 from advrad_fast.reference.unet import UNet
-
-_log = logging.getLogger(__name__)
 
 #: Largest error allowed of the network's output, relative L2, by precision.
 PARITY = {"fp32": 1e-4, "bf16": 3e-2}
@@ -74,24 +70,29 @@ def rows(
         shape = (batch, config.unet.in_channels, image.height, image.width)
         x = torch.from_numpy(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
         timesteps = torch.full((batch,), config.diffusion.timestep)
-        engines: dict[str, Any] = {}
+        engines: dict[str, Request] = {}
         for precision in precisions():
-            request = compile_network(config, weights, precision, batch=batch, threads=threads).create_infer_request()
-            request.set_input_tensor(_tensor(x.numpy()))
-            engines[precision] = request
+            engine = compile_network(config, weights, precision=precision, batch=batch, threads=threads)
+            engines[precision] = engine.request()
+            if engine.name == "native":
+                engines["openvino bf16"] = compile_network(
+                    config, weights, precision=precision, engine="openvino", batch=batch, threads=threads
+                ).request()
+        for request in engines.values():
+            request.x[:] = x.numpy()
         with torch.inference_mode():
             wanted = net(x, timesteps).numpy()
-            for precision, request in engines.items():
-                request.infer()
-                error = float(np.linalg.norm(request.get_output_tensor().data - wanted) / np.linalg.norm(wanted))
-                if not error <= PARITY[precision]:
-                    raise InferenceError(f"{name}, {precision}: relative error {error:.3g} is over {PARITY[precision]}")
+            for kind, request in engines.items():
+                error = float(np.linalg.norm(request.infer() - wanted) / np.linalg.norm(wanted))
+                bound = PARITY[kind.split()[-1]]
+                if not error <= bound:
+                    raise InferenceError(f"{name}, {kind}: relative error {error:.3g} is over {bound}")
             timings = alternate(
                 {**{p: r.infer for p, r in engines.items()}, **_torch(net, half, x, timesteps, compile_torch)}, seconds=seconds
             )
         best = min((t for key, t in timings.items() if key.startswith("torch")), key=lambda t: t.p50)
         work = flops(config, weights, batch)
-        for precision in engines:
+        for precision in precisions():
             timing = timings[precision]
             share = work / (timing.p50 / 1e3) / getattr(peaks, precision)
             size = (image.height, image.width, image.channels)
@@ -106,8 +107,8 @@ def rows(
                 best_torch=best,
                 peak_share=share,
             )
-            others = {key: round(t.p50, 3) for key, t in timings.items() if key not in engines}
-            yield result, {"GFLOP": round(work / 1e9, 3), "torch_p50_ms": others}
+            others = {key: round(t.p50, 3) for key, t in timings.items() if key not in precisions()}
+            yield result, {"GFLOP": round(work / 1e9, 3), "others_p50_ms": others}
 
 
 def _torch(
@@ -123,19 +124,8 @@ def _torch(
         return call
 
     contestants: dict[str, Callable[[], object]] = {"eager": lambda: net(x, timesteps), "torch bf16": bf16(half)}
-    if compile_torch:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                compiled = bf16(torch.compile(half))
-                compiled()
-            contestants["torch bf16 compiled"] = compiled
-        except Exception as error:  # no C++ compiler, or an operation that it refuses
-            _log.warning("torch.compile is left out: %s: %s", type(error).__name__, error)
+    if compile_torch and (compiled := torch_compiled(half)) is not None:
+        with_bf16 = bf16(compiled)
+        with_bf16()
+        contestants["torch bf16 compiled"] = with_bf16
     return contestants
-
-
-def _tensor(array: NDArray[np.float32]) -> Any:
-    import openvino as ov
-
-    return ov.Tensor(array, shared_memory=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from advrad_fast import _native, lattice, schedule
 from advrad_fast.bench.peaks import Peaks
-from advrad_fast.bench.timing import alternate, row
+from advrad_fast.bench.timing import alternate, row, torch_compiled
 from advrad_fast.config import DiffusionConfig, ScoreConfig
 from advrad_fast.errors import InferenceError
 from advrad_fast.reference import diffusion, score
@@ -82,15 +82,22 @@ class Work:
                 raise InferenceError(f"{name}: differs from the reference by {worst:.3g}, more than {_PARITY}: nothing is timed")
 
 
-def rows(peaks: Peaks, *, seconds: float = 2.0, threads: int | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of the fused operations at 256 px, colour, fp32; ``threads`` defaults to the machine's."""
+def rows(
+    peaks: Peaks, *, seconds: float = 2.0, threads: int | None = None, compile_torch: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Rows of the fused operations at 256 px, colour, fp32; ``threads`` defaults to the machine's.
+
+    The best PyTorch, for noise and error together, is the faster of eager and compiled; ``compile_torch`` False leaves it out.
+    """
     threads = threads or os.cpu_count() or 1
     for batch in BATCHES:
-        yield from _batch_rows("", Work(batch, 1, threads), batch, peaks, seconds)
-    yield from _batch_rows(" (votes)", Work(1, BATCHES[-1], threads), BATCHES[-1], peaks, seconds)
+        yield from _batch_rows("", Work(batch, 1, threads), batch, peaks, seconds, compile_torch)
+    yield from _batch_rows(" (votes)", Work(1, BATCHES[-1], threads), BATCHES[-1], peaks, seconds, compile_torch)
 
 
-def _batch_rows(suffix: str, work: Work, batch: int, peaks: Peaks, seconds: float) -> Iterator[dict[str, Any]]:
+def _batch_rows(
+    suffix: str, work: Work, batch: int, peaks: Peaks, seconds: float, compile_torch: bool
+) -> Iterator[dict[str, Any]]:
     with torch.inference_mode():
         work.check()
         eps = torch.randn(work.outputs.shape)
@@ -104,6 +111,9 @@ def _batch_rows(suffix: str, work: Work, batch: int, peaks: Peaks, seconds: floa
             "eager reconstruction_error": lambda: work.torch_error(eps),
             "eager noise + reconstruction_error": work.torch_both,
         }
+        compiled = torch_compiled(work.torch_both) if compile_torch else None
+        if compiled is not None:
+            contestants["compiled noise + reconstruction_error"] = compiled
         timings = alternate(contestants, seconds=seconds)
     size, maps = work.outputs.nbytes, work.mu.nbytes + work.inverse_spread.nbytes
     moved = {"noise": work.images.nbytes + size, "reconstruction_error": work.images.nbytes + 2 * size + maps}
@@ -113,6 +123,9 @@ def _batch_rows(suffix: str, work: Work, batch: int, peaks: Peaks, seconds: floa
     for name, amount in moved.items():
         floor = amount / peaks.copy * 1e3
         eager = timings.get(f"eager {name}")
+        best = timings.get(f"compiled {name}")
+        if best is not None and eager is not None and eager.p50 < best.p50:
+            best = eager
         share = floor / timings[name].p50
         shape = (SIDE, SIDE, CHANNELS)
-        yield row(name + suffix, shape, batch, "cpu", "fp32", timings[name], eager=eager, peak_share=share)
+        yield row(name + suffix, shape, batch, "cpu", "fp32", timings[name], eager=eager, best_torch=best, peak_share=share)

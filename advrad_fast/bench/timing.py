@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
+import shutil
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +16,15 @@ from typing import Any
 
 import numpy as np
 
+_log = logging.getLogger(__name__)
+
 _WARM_UP = 2  # rounds: the first calls pay for memory
 # Seconds before a call: OpenMP's threads spin for a while after their work, and would slow whoever comes next.  No longer than
 # that: after 10 ms PyTorch's sleep so deeply that its small operations take three times as long, which would flatter us.
 _REST = 0.003
+# A turn is this many calls, of which the first isn't counted: it finds the caches, and the processors, as another left them.
+# A call of more than so many seconds is a turn of its own: to that it makes no difference.
+_TURN, _LONG = 4, 0.03
 _FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd")
 
 
@@ -31,18 +39,39 @@ class Timing:
 
 
 def alternate(contestants: Mapping[str, Callable[[], object]], *, seconds: float, least: int = 5) -> dict[str, Timing]:
-    """Time every contestant once a round, in turn, for about ``seconds`` and at least ``least`` rounds."""
+    """Time every contestant a few times a round, in turn, for about ``seconds`` and at least ``least`` rounds."""
     durations: dict[str, list[float]] = {name: [] for name in contestants}
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < least + _WARM_UP or time.perf_counter() < end:
         for name, call in contestants.items():
-            time.sleep(_REST)
-            start = time.perf_counter()
-            call()
-            durations[name].append((time.perf_counter() - start) * 1e3)
+            turn: list[float] = []
+            while len(turn) < _TURN and (not turn or turn[0] < _LONG):
+                time.sleep(_REST)
+                start = time.perf_counter()
+                call()
+                turn.append(time.perf_counter() - start)
+            if rounds >= _WARM_UP:
+                durations[name] += turn[1:] or turn
         rounds += 1
-    quantiles = {name: np.quantile(values[_WARM_UP:], (0.2, 0.5, 0.8, 0.99)) for name, values in durations.items()}
+    quantiles = {name: np.quantile(values, (0.2, 0.5, 0.8, 0.99)) * 1e3 for name, values in durations.items()}
     return {name: Timing(*(float(v) for v in values)) for name, values in quantiles.items()}
+
+
+def torch_compiled(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """``torch.compile(function)``, or None, with a warning, where there is no C++ compiler for it."""
+    import torch
+
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        _log.warning("torch.compile is left out: there is no C++ compiler")
+        return None
+    compiled: Callable[..., Any] = torch.compile(function)
+
+    def quiet(*arguments: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return compiled(*arguments)
+
+    return quiet
 
 
 def row(

@@ -48,6 +48,7 @@ def train(
     draws: int | None = None,
     prediction: str | None = None,
     patch: int | None = None,
+    unet: Mapping[str, object] | None = None,
     half: bool = True,
     progress: bool = True,
     settings: dict[str, object] | None = None,
@@ -65,6 +66,7 @@ def train(
         grey: one channel instead of three; None: where every sampled image is grey.
         false_alarm_rate: target of the threshold; raised to 1 / (n + 1) where n calibration normals allow no less.
         draws, prediction, patch: changes to the preset's network and detector.
+        unet: further changes to the preset's :class:`UNetConfig`, by field.
         half: store the weights in fp16, for a file half as large.
         settings: changes to the preset's :class:`TrainSettings`.
         note: stored in the model file (a licence, an origin).
@@ -85,21 +87,26 @@ def train(
     rank, world_size = distributed()
     paths = load_dataset(Path(data)).train
     samples = load_samples(paths)
-    unet = _network(chosen, samples, grey=grey, prediction=prediction, patch=patch)
-    image = image_config(samples, unet, size=size, align=align, brightness=brightness)
-    if preset_name == "fast" and patch is None and image.height * image.width <= _FINE_STEM_PIXELS:
-        unet = dataclasses.replace(unet, patch=2)
+    net = _network(chosen, samples, {"prediction": prediction, "patch": patch, **(unet or {})}, grey=grey)
+    image = image_config(samples, net, size=size, align=align, brightness=brightness)
+    if (
+        preset_name == "fast"
+        and patch is None
+        and "patch" not in (unet or {})
+        and image.height * image.width <= _FINE_STEM_PIXELS
+    ):
+        net = dataclasses.replace(net, patch=2)
     diffusion = DiffusionConfig(draws=draws if draws is not None else 1, timestep=min(100, train_settings.timestep_high))
-    config = DetectorConfig(unet, diffusion, chosen.score, image)
+    config = DetectorConfig(net, diffusion, chosen.score, image)
     split = load_split(paths, image, train_settings.seed)
     _log.info(
         "%d good images: %d to train on, %d to choose settings on, %d to calibrate on; input %d x %d x %d, patch %d%s",
         len(paths), len(split.train), len(split.selection), len(split.calibration),
-        image.height, image.width, image.channels, unet.patch, ", aligned" if image.pose else "",
+        image.height, image.width, image.channels, net.patch, ", aligned" if image.pose else "",
     )  # fmt: skip
 
     checkpoint = out.with_name(out.name + ".checkpoint")
-    trainer = Trainer(split.train, unet, diffusion, train_settings, checkpoint=checkpoint, rank=rank, world_size=world_size)
+    trainer = Trainer(split.train, net, diffusion, train_settings, checkpoint=checkpoint, rank=rank, world_size=world_size)
     weights = trainer.run(progress=progress)
     if world_size > 1:
         torch.distributed.destroy_process_group()
@@ -206,13 +213,11 @@ def _timesteps(settings: TrainSettings) -> list[int]:
     return [k for k in fitting.TIMESTEPS if low <= k <= high] or [(low + high) // 2]
 
 
-def _network(
-    chosen: Preset, samples: list[np.ndarray], *, grey: bool | None, prediction: str | None, patch: int | None
-) -> UNetConfig:
+def _network(chosen: Preset, samples: list[np.ndarray], changes: Mapping[str, object], *, grey: bool | None) -> UNetConfig:
     if grey is None:
         grey = all(s.shape[2] == 1 or (np.ptp(s, axis=2) == 0).all() for s in samples)
-    changes = {"in_channels": 1 if grey else 3, "prediction": prediction, "patch": patch}
-    return dataclasses.replace(chosen.unet, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
+    given = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(chosen.unet, in_channels=1 if grey else 3, **given)  # type: ignore[arg-type]
 
 
 __all__ = ["FALSE_ALARM_RATE", "ImageConfig", "fit", "train"]
