@@ -118,7 +118,9 @@ class _TypedGraph(GraphBuilder):
         if (size := self.sizes.get(inputs[0])) is not None:
             stride = attributes.get("strides", [1])[0]
             factor = {"Conv": 1 / stride, "ConvTranspose": stride}.get(op, 1.0)
-            if op in ("SpaceToDepth", "DepthToSpace"):
+            if op == "Resize":
+                factor = 2.0
+            elif op in ("SpaceToDepth", "DepthToSpace"):
                 factor = attributes["blocksize"] ** (-1 if op == "SpaceToDepth" else 1)
             self.sizes[output] = (round(size[0] * factor), round(size[1] * factor))
         return super().node(op, inputs, output, **attributes)
@@ -172,9 +174,18 @@ class _TypedGraph(GraphBuilder):
             return self.node("Add", [scaled, shifted], name)
         return self.cast(self.node("Add", [scaled, shifted], f"{name}.single"), name, self.kind)
 
+    def doubled(self, x: str, name: str) -> str:
+        """As the base's; in bf16 as written, for TensorRT-RTX 1.7 has no transposed convolution in bf16."""
+        types = self.onnx.TensorProto
+        if self.kind != types.BFLOAT16:
+            return super().doubled(x, name)
+        scales = self.constant("doubled.scales", np.array([1.0, 1.0, 2.0, 2.0]), types.FLOAT)
+        layout = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        return self.convolution(self.node("Resize", [x, "", scales], f"{name}.doubled", **layout), name)
+
     def factors(self, x: str, name: str, weight: NDArray[Any]) -> tuple[str, str]:
         """In int8 and fp8, both factors quantised and dequantised."""
-        if name in _UNQUANTISED:
+        if self.kind == self.onnx.TensorProto.BFLOAT16 or name in _UNQUANTISED:
             return super().factors(x, name, weight)
         if x not in self.candidates:
             self.candidates.append(x)

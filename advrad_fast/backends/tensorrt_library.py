@@ -17,7 +17,7 @@ import importlib.util
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 
 _PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 _INSTALL = {"tensorrt": "pip install 'advrad-fast[cuda]'", "tensorrt_rtx": "pip install tensorrt-rtx-cu13"}
+_LONGEST = 500  # characters of a library's message in an exception
 _log = logging.getLogger(__name__)
 
 
@@ -104,6 +105,12 @@ def check_target(target: object) -> str:
     raise ConfigError(message)
 
 
+def quoted(said: Sequence[str]) -> str:
+    """What a library said, for the end of a message: each thing once, and no page of it."""
+    lines = [" ".join(line.split()) for line in dict.fromkeys(said) if line]
+    return "".join(f"{': ' if i == 0 else '; '}{line[:_LONGEST]}" for i, line in enumerate(lines))
+
+
 class Toolkit:
     """A loaded library; one for each in a process, for TensorRT keeps the first logger that it is given.
 
@@ -148,6 +155,8 @@ class Toolkit:
         with self._build, self.errors() as said:  # one at a time: a build takes all the memory and cores it can get
             try:
                 return self._built(model, shapes, target, said)
+            except BackendUnavailableError:
+                raise
             except (RuntimeError, TypeError, AttributeError, ValueError, MemoryError) as error:
                 raise self.failure(f"cannot build an engine for {target}", [*said, str(error)]) from error
 
@@ -200,7 +209,7 @@ class Toolkit:
 
     def failure(self, what: str, reasons: list[str]) -> BackendUnavailableError:
         """The exception for a failure, with what the library said."""
-        return BackendUnavailableError(f"{self.library.detail} {what}{': ' if reasons else ''}{'; '.join(reasons)}")
+        return BackendUnavailableError(f"{self.library.detail} {what}{quoted(reasons)}")
 
     @contextmanager
     def errors(self) -> Iterator[list[str]]:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from advrad_fast.backends.tensorrt_library import Library, Toolkit
+from advrad_fast.backends.tensorrt_library import Library, Toolkit, quoted
 from advrad_fast.errors import ConfigError, InferenceError, expected
 
 EngineType = Literal["fp32", "fp16", "bf16"]  #: of an engine's input and output
@@ -181,4 +181,4 @@ class Execution:
 
 def failed(what: str, said: Sequence[str]) -> InferenceError:
     """The exception for what TensorRT could not do, with what it said."""
-    return InferenceError(f"cuda: TensorRT {what}{': ' if said else ''}{'; '.join(said)}")
+    return InferenceError(f"cuda: TensorRT {what}{quoted(said)}")
