@@ -357,4 +357,7 @@ def assemble(graph: GraphBuilder) -> onnx.ModelProto:
     inputs, outputs = ([helper.make_tensor_value_info(name, graph.kind, shape)] for name in ("x", "output"))
     proto = helper.make_graph(graph.nodes, "unet", inputs, outputs, list(graph.constants.values()))
     opset = helper.make_opsetid("", graph.opset)
-    return helper.make_model(proto, opset_imports=[opset], ir_version=graph.ir_version, producer_name="advrad_fast")
+    model: onnx.ModelProto = helper.make_model(
+        proto, opset_imports=[opset], ir_version=graph.ir_version, producer_name="advrad_fast"
+    )
+    return model

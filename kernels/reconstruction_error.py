@@ -102,10 +102,7 @@ def errors_kernel(
             o0, o2 = tl.split(even)
             o1, o3 = tl.split(odd)
             x0, x1 = pixel(w[c // 4], c % 4), pixel(w[(CHANNELS + c) // 4], (CHANNELS + c) % 4)
-            x2, x3 = (
-                pixel(w[(2 * CHANNELS + c) // 4], (2 * CHANNELS + c) % 4),
-                pixel(w[(3 * CHANNELS + c) // 4], (3 * CHANNELS + c) % 4),
-            )
+            x2, x3 = pixel(w[(2 * CHANNELS + c) // 4], (2 * CHANNELS + c) % 4), pixel(w[(3 * CHANNELS + c) // 4], (3 * CHANNELS + c) % 4)
             element = (c * (plane // 4) + group).to(tl.uint32)
             if NOISE == "lattice":
                 z0, z1, z2, z3 = lattice4(element, counter, image_id, seed, thresholds, half, lattice_scale, inside)

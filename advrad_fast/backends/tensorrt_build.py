@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def build(
     toolkit = Toolkit.of(library)
     ranges = None
     if precision in ("int8", "fp8"):
-        if not calibration:
+        if calibration is None:
             raise ConfigError(expected("calibration", f"network inputs of normals, which {precision} needs", calibration))
         ranges = calibration if isinstance(calibration, Mapping) else collect_ranges(config, weights, calibration)
     image = config.image
@@ -79,7 +80,7 @@ def check_batches(batches: object) -> tuple[int, ...]:
     return tuple(int(batch) for batch in batches)
 
 
-def check_precision(precision: object, target: str = "here") -> TypedPrecision:
+def check_precision(precision: Any, target: str = "here") -> TypedPrecision:
     """``precision`` as one that the target computes in, or a ConfigError."""
     if precision not in TYPED_PRECISIONS:
         raise ConfigError(expected("precision", f"one of {list(TYPED_PRECISIONS)}", precision))
@@ -87,4 +88,4 @@ def check_precision(precision: object, target: str = "here") -> TypedPrecision:
     number = re.fullmatch(r"sm_(\d+)", target)
     if number and int(number[1]) < first:
         raise ConfigError(f"precision: {precision} needs a GPU of sm_{first} or newer, got {target}")
-    return precision  # type: ignore[return-value]
+    return precision  # type: ignore[no-any-return]

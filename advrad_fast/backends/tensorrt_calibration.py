@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +66,7 @@ def collect_ranges(config: DetectorConfig, weights: Mapping[str, Array], inputs:
             raise ConfigError(
                 expected(f"calibration[{i}]", f"finite float32 (n, {', '.join(map(str, shape))})", (x.dtype, x.shape))
             )
-    size = {"height": image.height, "width": image.width, "timestep": config.diffusion.timestep}
+    size: dict[str, Any] = {"height": image.height, "width": image.width, "timestep": config.diffusion.timestep}
     model = build_typed_graph(config.unet, weights, precision="fp32", **size)
     names = quantised_tensors(config.unet, weights, **size)
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)

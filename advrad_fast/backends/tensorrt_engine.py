@@ -29,6 +29,9 @@ __all__ = [
     "Execution",
     "Library",
     "build",
+    "check_precision",
+    "check_target",
+    "choose",
     "compile_engine",
     "driver_version",
     "libraries",
@@ -70,11 +73,13 @@ class Compiled:
         name: in the cache.
         blob: the engine.
         cached: whether it was there.
+        stored: whether it is there now.
     """
 
     name: str
     blob: bytes
     cached: bool
+    stored: bool
 
 
 def this_device(ordinal: int = 0) -> Device:
@@ -144,16 +149,16 @@ def compile_engine(
     stored = None if fresh else _unstored.get(name) or cache.load(folder, name)
     if stored is not None:
         _log.info("%s: from the cache", what)
-        return Compiled(name, stored, True)
+        return Compiled(name, stored, True, name not in _unstored)
     _log.warning("%s: %s; building it", what, "wanted anew" if fresh else f"not in the cache {folder or '(there is none)'}")
-    blob = build(
-        config, weights, target=target, precision=precision, batches=batches, calibration=ranges or None, library=library
-    )
-    if not cache.store(folder, name, blob):
+    blob = build(config, weights, target=target, precision=precision, batches=batches, calibration=ranges, library=library)
+    _unstored.pop(name, None)
+    kept = cache.store(folder, name, blob)
+    if not kept:
         _unstored[name] = blob
         while len(_unstored) > _MEMORY:
             _unstored.popitem(last=False)
-    return Compiled(name, blob, False)
+    return Compiled(name, blob, False, kept)
 
 
 def engine_name(

@@ -128,6 +128,7 @@ class Toolkit:
         self.library = library
         self.module: Any = importlib.import_module(library.name)
         self._messages: dict[int, list[str]] = {}
+        self._warned: set[str] = set()
         self._logger = self._make_logger()
         self._build = threading.Lock()
 
@@ -146,13 +147,14 @@ class Toolkit:
             )
         return toolkit
 
-    def build(self, model: bytes, shapes: list[tuple[int, ...]], target: str) -> bytes:
+    def build(self, model: bytes, shapes: Sequence[tuple[int, ...]], target: str) -> bytes:
         """An engine from an ONNX model of input ``x``, with one optimisation profile for each of its input's shapes.
 
         Raises:
             BackendUnavailableError: the parser or the builder failed; what they said is in the message.
         """
         with self._build, self.errors() as said:  # one at a time: a build takes all the memory and cores it can get
+            self._warned.clear()
             try:
                 return self._built(model, shapes, target, said)
             except BackendUnavailableError:
@@ -160,7 +162,7 @@ class Toolkit:
             except (RuntimeError, TypeError, AttributeError, ValueError, MemoryError) as error:
                 raise self.failure(f"cannot build an engine for {target}", [*said, str(error)]) from error
 
-    def _built(self, model: bytes, shapes: list[tuple[int, ...]], target: str, said: list[str]) -> bytes:
+    def _built(self, model: bytes, shapes: Sequence[tuple[int, ...]], target: str, said: list[str]) -> bytes:
         trt = self.module
         builder = trt.Builder(self._logger)
         network = builder.create_network(self._creation_flags())
@@ -222,7 +224,7 @@ class Toolkit:
             del self._messages[id(said)]
 
     def _make_logger(self) -> Any:
-        trt, messages = self.module, self._messages
+        trt, messages, warned = self.module, self._messages, self._warned
         severity = trt.ILogger.Severity
         levels = {
             severity.INTERNAL_ERROR: logging.ERROR,
@@ -238,6 +240,10 @@ class Toolkit:
 
             def log(self, severity: Any, message: str) -> None:
                 level = levels.get(severity, logging.DEBUG)
+                if level == logging.WARNING and message in warned:  # one line for each layer of a network is no help
+                    level = logging.DEBUG
+                elif level == logging.WARNING:
+                    warned.add(message)
                 if level == logging.ERROR:
                     for said in tuple(messages.values()):
                         said.append(message)

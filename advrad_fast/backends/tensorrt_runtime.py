@@ -159,7 +159,11 @@ class Execution:
         """
         with self._engine._toolkit.errors() as said:
             for name, address in (("x", input), ("output", output)):
-                if not self._context.set_tensor_address(name, int(address)):
+                try:
+                    taken = self._context.set_tensor_address(name, int(address))
+                except (RuntimeError, TypeError) as error:
+                    raise failed(f"refuses the address {address:#x} for {name}", [*said, str(error)]) from error
+                if not taken:
                     raise failed(f"refuses the address {address:#x} for {name}", said)
 
     def enqueue(self, stream_handle: int) -> None:
