@@ -86,8 +86,8 @@ def run(model: onnx.ModelProto, x: Array, precision: str) -> Array:
     return output.astype(np.float32)
 
 
-# Relative L2 error against the reference UNet in fp32.  Worst seen of each of two networks over 12 seeds; the test allows twice that.
-WORST: dict[TypedPrecision, float] = {"fp32": 9e-7, "fp16": 9e-4, "bf16": 1.1e-2, "int8": 3.1e-2, "fp8": 0.106}
+# Relative L2 error against the reference UNet in fp32.  Worst seen of two networks over 12 seeds; the test allows twice that.
+WORST: dict[TypedPrecision, float] = {"fp32": 9e-7, "fp16": 9e-4, "bf16": 1.34e-2, "int8": 3.1e-2, "fp8": 0.106}
 PLAIN = dataclasses.replace(SMALL, norm_groups=0, attention_resolutions=())
 
 
@@ -103,7 +103,7 @@ def test_numbers(precision: TypedPrecision, config: UNetConfig) -> None:
         assert error > WORST[precision] / 10.0
 
 
-# The same over random networks, whose random weights may amplify a rounding: worst seen in 129 of them; the test allows 3 times that.
+# The same over random networks, whose random weights may amplify a rounding: worst seen in 129; the test allows 3 times that.
 WORST_OF_ANY: dict[TypedPrecision, float] = {"fp32": 4.6e-6, "fp16": 1.94e-2, "bf16": 0.105, "int8": 0.37}
 
 
@@ -144,9 +144,9 @@ def test_types(precision: TypedPrecision) -> None:
     reductions = [node for node in model.graph.node if node.op_type == "ReduceMean"]
     assert len(reductions) == 2 * sum(name.endswith(("norm.weight", "norm1.weight", "norm2.weight")) for name in weights)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    for name, tensor in constants.items():
-        if "norm" in name and not name.endswith(".zero") and ".silu." not in name and not name.startswith("shape_"):
-            assert tensor.data_type == types.FLOAT, name
+    for name in weights:
+        if ".norm" in name or name.startswith("norm."):
+            assert constants[name].data_type == types.FLOAT, name
     if precision != "fp32":
         wide = {name for name, node in made.items() if node.op_type == "Cast" and node.attribute[0].i == types.FLOAT}
         assert {made[node.input[0]].input[0] for node in reductions if node.input[0].endswith(".grouped")} <= wide
@@ -218,7 +218,7 @@ def test_bad_calibration_is_refused() -> None:
     with pytest.raises(ConfigError, match="calibration: expected at least one network input, got 0"):
         collect_ranges(config, weights, [])
     for x in bad:
-        with pytest.raises(ConfigError, match=r"calibration\[1\]: expected finite float32 \(n, \*\(3, 16, 24\)\)"):
+        with pytest.raises(ConfigError, match=r"calibration\[1\]: expected finite float32 \(n, 3, 16, 24\), got float"):
             collect_ranges(config, weights, [good, x])
     poisoned = {**weights, "stem.bias": weights["stem.bias"] * np.float32(np.nan)}
     with pytest.raises(ConfigError, match=r"activation .*: expected a finite number, got nan"):
@@ -259,11 +259,12 @@ def test_e4m3_codes() -> None:
     codes = np.arange(256, dtype=np.uint8)
     finite = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
     finite = np.sort(finite[np.isfinite(finite)])
-    ties = (finite[1:] + finite[:-1]) / 2
+    ties = ((finite[1:] + finite[:-1]) / 2).astype(np.float32)  # ml_dtypes rounds float64 twice, by way of float32
+    up, down = np.nextafter(ties, np.float32(1e9)), np.nextafter(ties, np.float32(-1e9))
     rng = np.random.default_rng(0)
-    values = np.concatenate([finite, ties, np.nextafter(ties, 1e9), np.nextafter(ties, -1e9), rng.standard_normal(5000) * 40])
+    values = np.concatenate([finite.astype(np.float32), ties, up, down, rng.standard_normal(5000, dtype=np.float32) * 40])
     wanted = np.clip(values, -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
-    np.testing.assert_array_equal(graph_precision.e4m3_codes(values), wanted)
+    np.testing.assert_array_equal(graph_precision.e4m3_codes(values.astype(np.float64)), wanted)
     assert graph_precision.e4m3_codes(np.array([1e9, -1e9, np.inf, np.nan])).tolist() == [126, 254, 126, 127]
 
 
@@ -278,4 +279,4 @@ def test_the_version_names_the_graphs() -> None:
             digest.update(node.SerializeToString(deterministic=True))
         for tensor in model.graph.initializer:
             digest.update(f"{tensor.name} {tensor.data_type} {list(tensor.dims)}".encode())
-    assert (graph_precision.TYPED_GRAPH_VERSION, digest.hexdigest()[:16]) == (1, "?")
+    assert (graph_precision.TYPED_GRAPH_VERSION, digest.hexdigest()[:16]) == (1, "90c318305014fd8b")

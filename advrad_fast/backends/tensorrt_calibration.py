@@ -63,9 +63,8 @@ def collect_ranges(config: DetectorConfig, weights: Mapping[str, Array], inputs:
         raise ConfigError(expected("calibration", "at least one network input", 0))
     for i, x in enumerate(inputs):
         if x.dtype != np.float32 or x.ndim != 4 or x.shape[1:] != shape or len(x) == 0 or not np.isfinite(x).all():
-            raise ConfigError(
-                expected(f"calibration[{i}]", f"finite float32 (n, {', '.join(map(str, shape))})", (x.dtype, x.shape))
-            )
+            wanted = f"finite float32 (n, {', '.join(map(str, shape))})"
+            raise ConfigError(f"calibration[{i}]: expected {wanted}, got {x.dtype} {x.shape}")
     size: dict[str, Any] = {"height": image.height, "width": image.width, "timestep": config.diffusion.timestep}
     model = build_typed_graph(config.unet, weights, precision="fp32", **size)
     names = quantised_tensors(config.unet, weights, **size)
@@ -78,7 +77,7 @@ def collect_ranges(config: DetectorConfig, weights: Mapping[str, Array], inputs:
         for x in batch:  # one at a time: all activations of a batch would be many
             request.infer({"x": x[None]})
             for name in names:
-                ranges[name] = max(ranges[name], float(np.abs(request.get_tensor(name).data).max()))
+                ranges[name] = float(np.maximum(ranges[name], np.abs(request.get_tensor(name).data).max()))  # NaN stays
     for name, largest in ranges.items():
         if not math.isfinite(largest):
             raise ConfigError(expected(f"calibration: activation {name}", "a finite number", largest))
