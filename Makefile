@@ -17,6 +17,7 @@ check: $(VENV)/.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy kernels
 
 # The torch-free runtime, installed as a user would, plus the demo's images.
 demo: $(DEMO)/.stamp

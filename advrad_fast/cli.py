@@ -21,8 +21,6 @@ from advrad_fast.errors import AdvRADError, ConfigError, expected
 
 OK, FOUND, FAILED = 0, 1, 2
 _CALIBRATION = 64  # frames that int8 is calibrated on, at most
-_PACKAGES = {"torch": "advrad-fast[train]", "tqdm": "advrad-fast[train]", "triton": "advrad-fast[compile]"}  # that hold a module
-
 _INSPECT_KEYS = ("path", "outcome", "score", "threshold", "p_value", "backend", "ms")
 
 
@@ -37,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AdvRADError as error:
         _say(f"advrad-fast: {error}")
     except ModuleNotFoundError as error:
-        wanted = _PACKAGES.get(str(error.name), "advrad-fast")
+        extras = {"torch": "[train]", "tqdm": "[train]", "triton": "[compile]"}
+        wanted = f"advrad-fast{extras.get((error.name or '').split('.')[0], '')}"
         _say(f"advrad-fast: {error.name} is not installed; needed here: pip install '{wanted}'")
     except OSError as error:
         _say(f"advrad-fast: {error}")

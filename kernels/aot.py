@@ -1,7 +1,7 @@
 """Ahead-of-time builds: every kernel, for every GPU, on a machine with none; neither torch nor a driver is needed.
 
-``advrad-fast compile --kernels --out k/`` writes PTX, cubins and the manifest that :mod:`advrad_fast.kernels.manifest` reads: what the
-runtime launches then needs no Triton either.  The builds are the same bytes wherever they are made: no paths are in them.
+``advrad-fast compile --kernels --out k/`` writes PTX, cubins and the manifest that :mod:`advrad_fast.kernels.manifest` reads:
+what the runtime launches then needs no Triton either.  No paths of the building machine are in the files.
 For AMD, :func:`build_amd` compiles to code objects, to show that nothing stands in the way; nothing launches them.
 """
 
@@ -12,8 +12,10 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ class Source:
         constants: a variant's compile-time arguments.
         grid: as in the manifest.
         num_warps: of a program.
+        max_registers: of a thread, where the assembler's own choice is too low and spills.
     """
 
     function: Any
@@ -58,6 +61,7 @@ class Source:
     constants: Callable[[Variant], dict[str, Any]]
     grid: tuple[Any, Any, Any]
     num_warps: int
+    max_registers: Callable[[Variant], int | None] = lambda variant: None
     arguments: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,7 +82,7 @@ _STREAM = {
 }  # fmt: skip
 _MAP = {"results": "i32", "height": "i32", "width": "i32"}
 
-_FORMATS = {"noise": ("gaussian", "lattice"), "channels": (1, 3)}
+_FORMATS: Mapping[str, Sequence[str | int | bool]] = {"noise": ("gaussian", "lattice"), "channels": (1, 3)}
 
 SOURCES: Mapping[str, Source] = {
     "noise": Source(
@@ -149,7 +153,12 @@ Wanted = Callable[[str, Variant], bool]
 
 
 def build(
-    out: Path, targets: Sequence[str] = TARGETS, kernels: Sequence[str] | None = None, *, wanted: Wanted | None = None
+    out: Path,
+    targets: Sequence[str] = TARGETS,
+    kernels: Sequence[str] | None = None,
+    *,
+    wanted: Wanted | None = None,
+    processes: int = 1,
 ) -> Manifest:
     """Compile into the folder ``out``, which is made if it is missing; the manifest is written last.
 
@@ -157,6 +166,7 @@ def build(
         targets: of TARGETS.
         kernels: names of SOURCES; None for all.
         wanted: whether a kernel's variant is built; None for all.
+        processes: that compile at the same time; above 1 they are new ones, which need an importable main module.
 
     Raises:
         ConfigError: an unknown target or kernel, or Triton is in its interpreter mode or of another version.
@@ -164,14 +174,18 @@ def build(
         OSError: ``out`` cannot be written.
     """
     _check(targets, TARGETS, kernels)
-    rows = []
+    jobs = []
     for target in dict.fromkeys(targets):
         (out / target).mkdir(parents=True, exist_ok=True)
         for name, variant in _jobs(kernels, wanted):
             # Turing has no bf16 arithmetic, and no engine in it.
             if target != "sm_75" or variant.get("dtype") != "bf16":
-                rows.append(_build_one(out, target, name, variant))
-                _log.info("%s: %s", target, rows[-1]["ptx"])
+                jobs.append((out, target, name, variant))
+    if processes > 1:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            rows = list(pool.map(_build_one, *zip(*jobs, strict=True)))
+    else:
+        rows = [_build_one(*job) for job in jobs]
     if not rows:
         raise ConfigError(expected("kernels", "at least one kernel to build", list(kernels or ())))
     document = {"schema": SCHEMA, "triton": triton.__version__, "philox": 10, "kernels": rows}
@@ -220,13 +234,14 @@ def compiled(name: str, variant: Variant, target: GPUTarget) -> Any:
     types = {n: source.types.get(n, "constexpr").replace("dtype", str(variant.get("dtype"))) for n in names}
     constants = {(names.index(n),): value for n, value in source.constants(variant).items()}
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in source.aligned}
+    limit = source.max_registers(variant) if target.backend == "cuda" else None
     # FMA is meant: the arithmetic's bounds are stated with it.  Line numbers would put paths into the files.
     with knobs.compilation.scope():
         knobs.compilation.disable_line_info = True
         return triton.compile(
             ASTSource(fn=source.function, signature=types, constexprs=constants, attrs=attributes),
             target=target,
-            options={"num_warps": source.num_warps, "enable_fp_fusion": True},
+            options={"num_warps": source.num_warps, "maxnreg": limit, "enable_fp_fusion": True},
         )
 
 
@@ -241,6 +256,7 @@ def _build_one(out: Path, target: str, name: str, variant: Variant) -> dict[str,
     stem = "_".join([name, *(v if isinstance(v, str) else f"{k}{int(v)}" for k, v in variant.items())])
     for suffix, data in (("ptx", ptx), ("cubin", cubin)):
         write_atomically(out / target / f"{stem}.{suffix}", data)
+    _log.info("%s/%s", target, stem)
     (arch,) = re.findall(r"^\.target (sm_\w+)", kernel.asm["ptx"], re.MULTILINE)
     return {
         "name": name,

@@ -39,7 +39,7 @@ class Lattice:
 
 
 def tensor(name: str, value: Any, dtypes: tuple[str, ...], shape: tuple[int | None, ...]) -> Any:
-    """``value``, a contiguous tensor with one of these dtypes, of this shape (None: any length above 0), at a multiple of 16 bytes.
+    """``value``, a contiguous tensor of one of these dtypes and this shape (None: any length above 0), at a multiple of 16 bytes.
 
     Raises:
         ConfigError: it is not.

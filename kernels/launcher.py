@@ -235,7 +235,7 @@ class LoadedKernel:
         self._launch: Callable[..., None] = function._launch_kernel
         given = [argument for argument in kernel.arguments if argument.type != "null"]
         self._names = {argument.name for argument in given}
-        self._checks = [(argument.name, *_plain(argument), _check(argument)) for argument in given]
+        self._checks: list[tuple[Any, ...]] = [(argument.name, *_plain(argument), _check(argument)) for argument in given]
         self._pack = struct.Struct("@" + "".join(_FORMATS[argument.type] for argument in kernel.arguments)).pack
         places = {argument.name: place for place, argument in enumerate(given)}
         self._axes = [(places[axis.argument], axis.per) if isinstance(axis, Axis) else axis for axis in kernel.grid]
@@ -335,9 +335,12 @@ def _integer(name: str, value: Any) -> int:
 
 
 def _float(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not (abs(value) <= _MAX_FP32 or abs(value) == math.inf):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise ConfigError(expected(name, "a number of fp32", value))
-    return float(value)
+    number = float(value)
+    if not (abs(number) <= _MAX_FP32 or math.isinf(number)):
+        raise ConfigError(expected(name, "a number of fp32", value))
+    return number
 
 
 def _address(name: str, value: Any) -> int:

@@ -53,6 +53,7 @@ MAX_FILE = 16 << 20  #: bytes of a manifest, a PTX file or a cubin
 _MAX_KERNELS = 10_000
 _MAX_GRID = (2**31 - 1, 65535, 65535)
 _MAX_THREADS = 1024
+_TEGRA = {87}  #: of those whose arch has no trailing "a"
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,8 @@ class Manifest:
     def find(self, name: str, capability: tuple[int, int], **variant: str | int | bool) -> tuple[Kernel, Kind]:
         """The kernel to load on a GPU of this compute capability, and whether its cubin or its PTX.
 
-        The cubin of exactly this target if there is one, else one of the same major version (they run on later minors), else
-        the newest PTX that is not newer than the GPU.
+        The cubin of exactly this target if there is one, else one of the same major version (they run on later minors, but
+        not across Tegra and the others), else the newest PTX that is not newer than the GPU.
 
         Args:
             name: one of NAMES.
@@ -175,7 +176,9 @@ class Manifest:
         fitting = [k for k in self.kernels if k.name == name and dict(k.variant) == variant and _number(k.target) <= device]
         fitting.sort(key=lambda k: _number(k.target), reverse=True)
         for kernel in fitting:
-            if _number(kernel.target) == device or (kernel.portable and _number(kernel.target) // 10 == capability[0]):
+            number = _number(kernel.target)
+            kin = kernel.portable and number // 10 == capability[0] and not {number, device} & _TEGRA
+            if number == device or kin:
                 return kernel, "cubin"
         for kernel in fitting:
             if kernel.portable:

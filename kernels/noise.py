@@ -1,10 +1,10 @@
 """The fused operation ``noise`` in Triton: uint8 frames to noised network inputs, on tensors of a GPU.
 
-Plain form: :func:`advrad_fast.reference.diffusion.noise` (:func:`~advrad_fast.reference.smoothing.lattice_inputs` with a lattice);
-C++ twin: ``csrc/noise.cpp``.
+Plain form: :func:`advrad_fast.reference.diffusion.noise`, or :func:`~advrad_fast.reference.smoothing.lattice_inputs` with a
+lattice; C++ twin: ``csrc/noise.cpp``.
 
-A thread takes as many neighbouring pixels as fill a store of 128 bits (8 in fp16 and bf16, 4 in fp32), with all their channels: so
-a frame's bytes are read once, whole, in loads of 8 (4) bytes a channel, and every output is written once.  Its noise is
+A thread takes as many neighbouring pixels as fill a store of 128 bits (8 in fp16 and bf16, 4 in fp32), with all their channels:
+so a frame's bytes are read once, whole, in loads of 8 (4) bytes a channel, and every output is written once.  Its noise is
 drawn in registers.  A program makes up to DRAWS_PER_PROGRAM draws from one read of its pixels: with many draws a frame is read
 once for every four of them.
 
@@ -77,7 +77,7 @@ def noise_kernel(
             for g in tl.static_range(PIXELS // 4):
                 group = ((c * items + item) * (PIXELS // 4) + g).to(tl.uint32)
                 if LATTICE:
-                    z = lattice4(group, counter, image_id, seed, thresholds, half, lattice_scale, inside)
+                    z = lattice4(group, counter, image_id, seed, thresholds, half, lattice_scale)
                 else:
                     z = normals4(group, counter, image_id, seed)
                 for i in tl.static_range(4):
@@ -128,7 +128,8 @@ def noise(
         draws: noise draws an image, numbers first_draw and on of the stream.
         seed: in [0, 2**64).
         signal, noise, input_scale: as in :class:`advrad_fast.schedule.Coefficients`, finite.
-        out: float16, bfloat16 or float32 (N * draws, C, H, W), image-major, or (N * draws, H, W, C) if ``channels_last``; written.
+        out: float16, bfloat16 or float32 (N * draws, C, H, W), image-major, or (N * draws, H, W, C) if ``channels_last``;
+            written.
         image_ids: int32 (N,), of the stream; zeros if None, as in the C++ twin.
 
     All tensors are contiguous, at addresses that are multiples of 16, and on the current device.
@@ -146,7 +147,7 @@ def noise(
     thresholds, half, lattice_scale = arguments.table(lattice, image_ids)
     items = height * width // (4 if arguments.dtype_of(out) == "float32" else 8)
     noise_kernel[(triton.cdiv(items, BLOCK), n, triton.cdiv(draws, DRAWS_PER_PROGRAM))](
-        images, image_ids, out, thresholds, seed, first_draw, draws, n, items, pixel_scale, offset, noise_scale, half, lattice_scale,
-        CHANNELS=channels, CHANNELS_LAST=channels_last, LATTICE=lattice is not None, BLOCK=BLOCK, DRAWS=DRAWS_PER_PROGRAM,
-        num_warps=NUM_WARPS,
+        images, image_ids, out, thresholds, seed, first_draw, draws, n, items, pixel_scale, offset, noise_scale, half,
+        lattice_scale, CHANNELS=channels, CHANNELS_LAST=channels_last, LATTICE=lattice is not None, BLOCK=BLOCK,
+        DRAWS=DRAWS_PER_PROGRAM, num_warps=NUM_WARPS,
     )  # fmt: skip

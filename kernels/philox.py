@@ -1,13 +1,14 @@
 """The noise stream as Triton device functions; :mod:`advrad_fast.philox` and :mod:`advrad_fast.lattice` define it.
 
-Counter layout: ``(element // 4, draw, image_id, block)``, key ``(seed & 0xffffffff, seed >> 32)``; block 0 makes normals, blocks 1
-and 2 lattice noise.  Nothing here is specific to a vendor or an interpreter: logarithm, sine and cosine are polynomials, because
-``tl.sin`` and ``tl.cos`` carry a slow path for huge angles (2,464 instructions for 16 normals a thread on sm_80, against 664 with
-the GPU's approximate functions), the approximate functions are inline assembly for one vendor, and the approximate logarithm
-loses all digits beside 1.
+Counter layout: ``(element // 4, draw, image_id, block)``, key ``(seed & 0xffffffff, seed >> 32)``; block 0 makes normals,
+blocks 1 and 2 lattice noise.  Nothing here is specific to a vendor or an interpreter.  Logarithm, sine and cosine are
+polynomials: ``tl.sin`` and ``tl.cos`` carry a slow path for huge angles (2,464 instructions for 16 normals a thread on sm_80,
+against 664 with the GPU's approximate functions), the approximate functions are inline assembly for one vendor, and the
+approximate logarithm loses all digits beside 1.
 
-Accuracy of :func:`normals4` against the exact Box-Muller in float64, whatever the GPU: within 1.2e-6, given a square root good to
-2**-22 (CUDA's ``sqrt.approx.f32`` promises 2**-23); tests/test_kernels_philox.py has the worst seen.
+Accuracy of :func:`normals4` against the exact Box-Muller in float64: within 2e-6 with a correctly rounded square root (worst seen
+1.4e-6, tests/test_kernels_philox.py; NumPy's own float32 form is within 1.5e-6).  CUDA's ``sqrt.approx.f32`` may add 2**-23
+of the value, 7e-7 at the largest.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def words4(group, draw, image_id, block: tl.constexpr, seed):
-    """The four words of each group of four elements: ``group`` uint32 (any shape); draw, image_id uint32 and seed uint64 scalars."""
+    """The four words of each group of four elements: ``group`` uint32, any shape; draw, image_id uint32, seed uint64."""
     zero = group * 0
     return philox4x32(group, zero + draw, zero + image_id, zero + block, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
 
@@ -84,7 +85,7 @@ def normals4(group, draw, image_id, seed):
 
 
 @triton.jit
-def lattice_value(high, low, thresholds, half, scale, inside):
+def lattice_value(high, low, thresholds, half, scale):
     """#{T_j <= u} - half for u = high << 28 | low >> 4: int32, exactly, with one look into the table.
 
     A float32 estimate y of ``scale`` Phi^-1(u), where scale = 255 sigma, is off by less than 0.25 (Abramowitz and Stegun,
@@ -96,7 +97,6 @@ def lattice_value(high, low, thresholds, half, scale, inside):
         thresholds: pointer to int64 or uint64 (2 half,), ascending, below 2**60.
         half: int32 scalar.
         scale: float32 scalar.
-        inside: where a value is wanted; the table isn't read elsewhere.
     """
     upper = high.to(tl.int32, bitcast=True) < 0
     # The tail probability of u or of its mirror image, in (0, 1/2].
@@ -111,18 +111,18 @@ def lattice_value(high, low, thresholds, half, scale, inside):
     y = (t - numerator / denominator) * scale
     at = tl.floor(tl.where(upper, y, -y)).to(tl.int32)
     at = tl.minimum(tl.maximum(at, -half), half - 1)
-    threshold = tl.load(thresholds + (at + half), mask=inside, other=0).to(tl.uint64)
+    threshold = tl.load(thresholds + (at + half)).to(tl.uint64)
     u = high.to(tl.uint64) << 28 | (low >> 4).to(tl.uint64)
     return at + (threshold <= u).to(tl.int32)
 
 
 @triton.jit
-def lattice4(group, draw, image_id, seed, thresholds, half, scale, inside):
+def lattice4(group, draw, image_id, seed, thresholds, half, scale):
     """The lattice noise of the four elements of each group, in steps of 1/255: four int32 tensors of the shape of ``group``."""
     h0, h1, h2, h3 = words4(group, draw, image_id, 1, seed)
     l0, l1, l2, l3 = words4(group, draw, image_id, 2, seed)
-    z0 = lattice_value(h0, l0, thresholds, half, scale, inside)
-    z1 = lattice_value(h1, l1, thresholds, half, scale, inside)
-    z2 = lattice_value(h2, l2, thresholds, half, scale, inside)
-    z3 = lattice_value(h3, l3, thresholds, half, scale, inside)
+    z0 = lattice_value(h0, l0, thresholds, half, scale)
+    z1 = lattice_value(h1, l1, thresholds, half, scale)
+    z2 = lattice_value(h2, l2, thresholds, half, scale)
+    z3 = lattice_value(h3, l3, thresholds, half, scale)
     return z0, z1, z2, z3

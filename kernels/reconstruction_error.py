@@ -4,15 +4,17 @@ Plain form: :func:`advrad_fast.reference.score.reconstruction_error` (:func:`~ad
 with a lattice); C++ twin: ``csrc/reconstruction_error.cpp``.  Unlike the twin it draws the noise again instead of reading
 the network's inputs: on a GPU memory is what is short.
 
-Two launches; three for filters above 65.  ``errors_kernel`` reads the outputs, once, and the frame, forms the difference of image and reconstruction, pools it to
-the four scales within a warp, and writes the weighted sum of the squares, averaged over channels and draws: float32 at full
-size.  ``deviation_kernel`` filters that map, subtracts mu, and takes the maximum with an integer atomic, whose result does not
-depend on the order.  Without ``maps`` no anomaly map is written.  Of a filter above 65 ``rows_kernel`` first sums the rows.
+Two launches; three for filters above 65.  ``errors_kernel`` reads the outputs, once, and the frame, forms the difference of
+image and reconstruction, pools it to the four scales within a warp, and writes the weighted sum of the squares, averaged over
+channels and draws: float32 at full size.  ``deviation_kernel`` filters that map, subtracts mu, and takes the maximum with an
+integer atomic, whose result does not depend on the order.  Without ``maps`` no anomaly map is written.  Of a filter above 65
+``rows_kernel`` first sums the rows.
 
-Why there is an intermediate map, of 4 bytes written and at least 4 read a pixel (not a pixel and draw): the filter needs the errors of
-(s - 1) / 2 pixels around, on all sides, and programs can't exchange them.  Doing it in one launch means to compute them again in
-every program: with tiles small enough to make 132 programs of one 256 x 256 frame (16 x 32), a window of 15 would have each
-output read, and its noise drawn, (16 + 16) (32 + 16) / 512 = 3 times, and one of 31 6 times.  The map of such a frame is 262 kB.
+Why there is an intermediate map, of 4 bytes written and at least 4 read a pixel (not a pixel and draw): the filter needs the
+errors of (s - 1) / 2 pixels around, on all sides, and programs can't exchange them.  Doing it in one launch means to compute
+them again in every program: with tiles small enough to make 128 programs of one 256 x 256 frame (16 x 32), a window of 15 would
+have each output read, and its noise drawn, (16 + 16) (32 + 16) / 512 = 3 times, and one of 31 6 times.  The map of such
+a frame is 262 kB, and is read again at once.
 
 Arguments of ``errors_kernel``, as a launcher passes them:
 
@@ -26,8 +28,9 @@ Arguments of ``errors_kernel``, as a launcher passes them:
 
 Arguments of ``rows_kernel``: errors; sums: float32 (results, H, W), written; results, height, width; filter_size: odd.
 
-Arguments of ``deviation_kernel``: errors, or sums in the wide variant; mu, inverse_spread: float32 (H, W), the latter not below 0; maps: float32 (results, H, W),
-unread without the variant's maps; scores; results, height, width; filter_size: odd; tiles: programs a row, :func:`tiles`.
+Arguments of ``deviation_kernel``: errors, or sums in the wide variant; mu, inverse_spread: float32 (H, W), the latter not below
+0; maps: float32 (results, H, W), unread without the variant's maps; scores; results, height, width; filter_size: odd; tiles:
+programs a row, :func:`tiles`.
 """
 
 from __future__ import annotations
@@ -72,40 +75,49 @@ def errors_kernel(
 ):  # fmt: skip
     GROUPS: tl.constexpr = COLUMNS // 4
     result = tl.program_id(2).to(tl.int64)
-    frame = result // groups
+    frame = (tl.program_id(2) // groups).to(tl.int64)
+    first_draw += (tl.program_id(2) % groups).to(tl.int64) * draws
     # Both are multiples of 8; that the compiler sees it is what makes loads and stores wide.
     width = width // 8 * 8
     height = height // 8 * 8
     y = tl.program_id(1) * 8 + tl.arange(0, 8)
     # A column here is a group of four pixels.
     column = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    inside = (y < height)[:, None] & (column < width // 4)[None, :]
     x = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside_x = (y < height)[:, None] & (x < width)[None, :]
-    group = y[:, None] * (width // 4) + column[None, :]
+    inside = (y < height)[:, None] & (x < width)[None, :]
+    # Groups outside repeat the last one inside: their errors are never stored.
+    group = tl.minimum(y, height - 1)[:, None] * (width // 4) + tl.minimum(column, width // 4 - 1)[None, :]
     at = y[:, None] * width + x[None, :]
     plane = height * width
     words = (images + frame * plane * CHANNELS).to(tl.pointer_type(tl.uint32), bitcast=True)
-    w = ()
-    for i in tl.static_range(CHANNELS):
-        w = w + (tl.load(words + (group * CHANNELS + i), mask=inside, other=0),)
+    w0 = tl.load(words + group * CHANNELS)
+    w1, w2 = w0, w0
+    if CHANNELS == 3:
+        w1 = tl.load(words + (group * CHANNELS + 1))
+        w2 = tl.load(words + (group * CHANNELS + 2))
     image_id = tl.load(image_ids + frame).to(tl.uint32)
     zero = tl.zeros([8, GROUPS], tl.float32)
     # Weighted sums of squares: at scale 1 of the four pixels, at scale 2 of the two halves, at scales 4 and 8.
     e0, e1, e2, e3, e01, e23, e4, e8 = zero, zero, zero, zero, zero, zero, zero, zero
     for draw in range(draws):
-        counter = (first_draw + (result % groups) * draws + draw).to(tl.uint32)
+        counter = (first_draw + draw).to(tl.uint32)
         row = outputs + (result * draws + draw) * CHANNELS * plane
-        for c in tl.static_range(CHANNELS):
-            o = tl.load(row + (c * plane + at), mask=inside_x, other=0.0).to(tl.float32) * output_scale
+        v0, v1, v2 = w0, w1, w2
+        # Not unrolled: three channels side by side need more registers than there are.
+        for c in tl.range(CHANNELS, loop_unroll_factor=1):
+            o = tl.load(row + (c * plane + at), mask=inside, other=0.0).to(tl.float32) * output_scale
             even, odd = tl.split(tl.reshape(o, [8, GROUPS, 2, 2]))
             o0, o2 = tl.split(even)
             o1, o3 = tl.split(odd)
-            x0, x1 = pixel(w[c // 4], c % 4), pixel(w[(CHANNELS + c) // 4], (CHANNELS + c) % 4)
-            x2, x3 = pixel(w[(2 * CHANNELS + c) // 4], (2 * CHANNELS + c) % 4), pixel(w[(3 * CHANNELS + c) // 4], (3 * CHANNELS + c) % 4)
+            if CHANNELS == 3:
+                # This channel's four pixels are bytes 0, 3, 6 and 9; the next one's come there by a shift over all twelve.
+                x0, x1, x2, x3 = pixel(v0, 0), pixel(v0, 3), pixel(v1, 2), pixel(v2, 1)
+                v0, v1, v2 = (v0 >> 8) | (v1 << 24), (v1 >> 8) | (v2 << 24), v2 >> 8
+            else:
+                x0, x1, x2, x3 = pixel(v0, 0), pixel(v0, 1), pixel(v0, 2), pixel(v0, 3)
             element = (c * (plane // 4) + group).to(tl.uint32)
             if NOISE == "lattice":
-                z0, z1, z2, z3 = lattice4(element, counter, image_id, seed, thresholds, half, lattice_scale, inside)
+                z0, z1, z2, z3 = lattice4(element, counter, image_id, seed, thresholds, half, lattice_scale)
                 x0, x1, x2, x3 = x0 + z0, x1 + z1, x2 + z2, x3 + z3
             d0, d1 = pixel_scale * x0.to(tl.float32) + (o0 + offset), pixel_scale * x1.to(tl.float32) + (o1 + offset)
             d2, d3 = pixel_scale * x2.to(tl.float32) + (o2 + offset), pixel_scale * x3.to(tl.float32) + (o3 + offset)
@@ -124,7 +136,7 @@ def errors_kernel(
     e01, e23 = e01 * (weight_2 / 16) + coarse, e23 * (weight_2 / 16) + coarse
     e0, e1, e2, e3 = e0 * weight_1 + e01, e1 * weight_1 + e01, e2 * weight_1 + e23, e3 * weight_1 + e23
     e = tl.reshape(tl.join(tl.join(e0, e2), tl.join(e1, e3)), [8, COLUMNS])
-    tl.store(errors + result * plane + at, e, mask=inside_x)
+    tl.store(errors + result * plane + at, e, mask=inside)
     first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
     tl.store(scores + result, 0.0, mask=first)
 
@@ -212,7 +224,7 @@ def deviation_kernel(
     value = tl.abs(mean - tl.load(mu + at, mask=own, other=0.0)) * tl.load(inverse_spread + at, mask=own, other=0.0)
     if MAPS:
         tl.store(maps + result * height * width + at, value, mask=own)
-    # Of numbers that are not negative the bits are in the numbers' order, and NaN (its sign cleared) is above all: it can't get lost.
+    # Of numbers that are not negative the bits are in the numbers' order, and NaN, its sign cleared, is above all: none is lost.
     bits = tl.where(value == value, value, float("nan")).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     best = tl.max(tl.reshape(tl.where(own, bits, 0), [ROWS * SPAN]), 0)
     tl.atomic_max(scores.to(tl.pointer_type(tl.int32), bitcast=True) + result, best, sem="relaxed")
@@ -291,7 +303,8 @@ def reconstruction_error(
         raise arguments.ConfigError(arguments.expected("outputs", wanted, tuple(outputs.shape)))
     results = outputs.shape[0] // draws
     arguments.integer("outputs: results", results, 1, arguments.MAX_FRAMES)
-    filter_size = 2 * (arguments.integer("filter_size", filter_size, 1, 255) // 2) + 1
+    if arguments.integer("filter_size", filter_size, 1, 255) % 2 == 0:
+        raise arguments.ConfigError(arguments.expected("filter_size", "an odd number", filter_size))
     for name, value, shape in (("mu", mu, (height, width)), ("inverse_spread", inverse_spread, (height, width)),
                                ("scores", scores, (results,)), ("maps", maps, (results, height, width))):  # fmt: skip
         if value is not None or name != "maps":

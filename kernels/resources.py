@@ -24,7 +24,7 @@ class Resources:
 
     Attributes:
         registers, stack: of a thread; the stack in bytes.
-        shared: static shared memory of a program, in bytes.
+        shared: static shared memory of a program, in bytes; from sm_90 on the system's own 1 KiB where any is used.
         spills: instructions that touch local memory.
         instructions: of the machine code, all paths together, without padding.
         loads, stores: how many instructions touch global memory, by their width in bits.

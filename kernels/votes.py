@@ -6,9 +6,11 @@ Plain form: :func:`advrad_fast.reference.smoothing.votes`; C++ twin: ``csrc/vote
 statistic, bit by bit: the largest key that has at most ``rank`` keys below it is the key of that rank.  The first HELD
 scores stay in registers meanwhile, so up to that many are read once; beyond, the rest is read again for each of 32 bits.
 
-Arguments of ``counts_kernel``: scores float32 (images, draws); thresholds float32 (count,); counts int64 (images, count), written;
-images; draws; count.  Of ``ranks_kernel``: scores; ranks int64 (count,) in [0, draws); statistics float32 (images, count),
+Arguments of ``counts_kernel``: scores float32 (images, draws); thresholds float32 (count,); counts int64 (images, count),
 written; images; draws; count.
+
+Arguments of ``ranks_kernel``: scores; ranks int64 (count,) in [0, draws); statistics float32 (images, count), written; images;
+draws; count.
 """
 
 from __future__ import annotations

@@ -33,3 +33,40 @@ def poisoned_scratch() -> Iterator[None]:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20240804)
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Any]:
+    """The Triton kernels in Triton's interpreter."""
+    from interpreted import Interpreter
+
+    made = Interpreter()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def executable(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The manifest of kernels compiled for the PTX interpreter."""
+    from kernel_builds import EXECUTED, executed
+
+    from advrad_fast.kernels.aot import build
+
+    return build(tmp_path_factory.mktemp("executable"), EXECUTED, wanted=executed, processes=2)
+
+
+@pytest.fixture(scope="session")
+def emulators() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture(params=["interpreter", "sm_75", "sm_80", "sm_90", "sm_120"])
+def way(request: pytest.FixtureRequest, emulators: dict[str, Any]) -> Any:
+    """A way to run the Triton kernels: in Triton's interpreter, or as the PTX of a target on the PTX interpreter."""
+    if request.param == "interpreter":
+        return request.getfixturevalue("interpreter")
+    from emulated import Emulator
+
+    if request.param not in emulators:
+        emulators[request.param] = Emulator(request.getfixturevalue("executable"), request.param)
+    return emulators[request.param]

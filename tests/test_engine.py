@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -309,5 +310,40 @@ def test_refusals() -> None:
         build_network(config, {}, height=64, width=64, batch=1, timestep=0, threads=1)
 
 
-def test_physical_cores() -> None:
+def test_physical_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hardware threads of a core count once, and a container's share of time limits them."""
     assert 1 <= physical_cores() <= 1024
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert physical_cores(tmp_path) == 8
+    for cpu in range(8):
+        folder = tmp_path / f"devices/system/cpu/cpu{cpu}/topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    assert physical_cores(tmp_path) == 4
+    group = tmp_path / "fs/cgroup"
+    (group / "cpu").mkdir(parents=True)
+    for text, cores in (("max 100000\n", 4), ("250000 100000\n", 2), ("50000 100000\n", 1), ("", 4), ("nonsense\n", 4)):
+        (group / "cpu.max").write_text(text)
+        assert physical_cores(tmp_path) == cores, text
+    (group / "cpu.max").unlink()
+    (group / "cpu/cpu.cfs_quota_us").write_text("300000\n")
+    (group / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert physical_cores(tmp_path) == 3
+    (group / "cpu/cpu.cfs_quota_us").write_text("-1\n")
+    assert physical_cores(tmp_path) == 4
+
+
+@pytest.mark.skipif("amx" not in KERNELS, reason="this processor has no AMX tiles")
+def test_subnormal_numbers_are_zero_inside_and_only_there() -> None:
+    """SiLU's tail: 90 / (1 + exp(90)) is subnormal in fp32, and slow; the caller's arithmetic keeps its subnormal numbers."""
+    x = np.full((1, 3, 8, 16), -90.0, np.float32)
+    net = network(1, 3, 8, 16, kernels="amx")
+    hidden = net.tensor(8, 16, 3)
+    net.convolution(
+        hidden, np.zeros(3, np.float32), [[(0, np.eye(3, dtype=np.float32)[..., None, None], 1, 0, 0, False)]], silu=True
+    )
+    identity(net, hidden, 3)
+    net.finish()
+    assert np.array_equal(np.abs(run(net, x)), np.zeros_like(x))
+    tiny = np.float32(1e-38)
+    assert tiny * np.float32(0.01) > 0

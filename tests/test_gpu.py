@@ -22,7 +22,7 @@ from operations import SHAPES, Case, coefficients, frames, run_noise
 from advrad_fast import _native, lattice, schedule
 from advrad_fast.config import ScoreConfig
 from advrad_fast.kernels.launcher import Gpu, Kernels, open_gpu
-from advrad_fast.kernels.manifest import read_manifest
+from advrad_fast.kernels.manifest import Manifest, read_manifest
 
 # Worst seen on the emulator, in units of the noise's standard deviation (about 1), and the factor on it.  The bounds on fp16 add
 # half a unit in its last place.  On a real GPU: not yet measured.
@@ -41,7 +41,7 @@ aot.build(Path(sys.argv[1]), [sys.argv[2]], wanted=wanted)
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function: target -> folder of kernels for it, compiled once, in a new process (this one may interpret Triton)."""
+    """A function: a real GPU's target -> a folder of kernels for it, compiled once, in a new process."""
     folders: dict[str, Path] = {}
 
     def build(target: str) -> Path:
@@ -62,8 +62,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
 class OnGpu:
     """Kernels with their arguments in NumPy arrays: copied there, launched on one stream, copied back."""
 
-    def __init__(self, gpu: Gpu, folder: Path, *, real: bool) -> None:
-        self.cuda, self.kernels = gpu.cuda, Kernels(folder, gpu)
+    def __init__(self, gpu: Gpu, compiled: Manifest, *, real: bool) -> None:
+        self.cuda, self.kernels = gpu.cuda, Kernels(compiled, gpu)
         self.stream = gpu.cuda.Stream()
         self.kept: list[Any] = []
         self.shapes = SHAPES if real else [(1, 8, 8, 3, 1), (2, 16, 24, 3, 3), (1, 24, 40, 3, 2)]
@@ -178,19 +178,21 @@ def on_gpu(request: pytest.FixtureRequest, compiled: Any) -> Iterator[OnGpu]:
             pytest.skip(reason)
         with open_gpu() as gpu:
             major, minor = gpu.capability
-            yield OnGpu(gpu, compiled(f"sm_{major}{minor}"), real=True)
+            yield OnGpu(gpu, read_manifest(compiled(f"sm_{major}{minor}")), real=True)
         return
     driver = request.getfixturevalue("driver")
-    folder = compiled("sm_80")
-    manifest = read_manifest(folder)
+    manifest = request.getfixturevalue("executable")
     for kernel in manifest.kernels:
         driver.modules.know(manifest.image(kernel, "cubin"), manifest.image(kernel, "ptx").decode(), kernel.arch)
     with open_gpu() as gpu:
-        yield OnGpu(gpu, folder, real=False)
+        yield OnGpu(gpu, manifest, real=False)
 
 
-@pytest.mark.parametrize("sigma", [None, 0.125], ids=["gaussian", "lattice"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize(
+    ("dtype", "sigma"),
+    [(np.float32, None), (np.float32, 0.125), (np.float16, None)],
+    ids=["fp32-gaussian", "fp32-lattice", "fp16-gaussian"],
+)
 def test_noise(on_gpu: OnGpu, rng: np.random.Generator, dtype: Any, sigma: float | None) -> None:
     c = coefficients()
     for n, h, w, channels, draws in on_gpu.shapes:

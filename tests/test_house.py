@@ -24,7 +24,7 @@ KERNELS = ROOT / "kernels"  # installs as advrad_fast.kernels
 # From the ground up: a module imports from its own floor or lower ones.  A package stands for all its modules.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "schedule", "philox", "lattice", "files"),
-    ("images", "pose", "model", "certify", "calibrate", "graph"),
+    ("images", "pose", "model", "certify", "calibrate", "graph", "graph_precision"),
     ("kernels", "_native", "reference"),
     ("backends",),
     ("detector",),
@@ -48,8 +48,8 @@ HOMES = {
 }
 
 # The fused operations under csrc/ and kernels/, and those that are still to come.
-OPERATIONS = {"csrc": ("noise", "reconstruction_error", "votes"), "kernels": ()}
-NOT_BUILT = {"csrc": (), "kernels": ("noise", "reconstruction_error", "votes")}
+OPERATIONS = {folder: ("noise", "reconstruction_error", "votes") for folder in ("csrc", "kernels")}
+NOT_BUILT: dict[str, tuple[str, ...]] = {"csrc": (), "kernels": ()}
 
 MAX_LINES = 500
 MAX_PUBLIC_NAMES = 15
@@ -172,6 +172,10 @@ def test_the_runtime_loads_without_torch() -> None:
     assert not loaded_after(lines) & {"torch", "triton"}
 
 
+def test_the_manifest_is_read_without_triton() -> None:
+    assert not loaded_after("import advrad_fast.kernels.manifest") & {"torch", "triton"}
+
+
 def test_public_names() -> None:
     names = list(advrad_fast.__all__)
     assert names == sorted(names) and len(names) == len(set(names)) <= MAX_PUBLIC_NAMES
@@ -246,7 +250,7 @@ def test_no_long_files() -> None:
     ("folder", "suffix", "others"),
     [
         ("csrc", ".cpp", ("bindings", "stream", "threads")),
-        ("kernels", ".py", ("__init__", "philox", "aot", "launcher", "manifest")),
+        ("kernels", ".py", ("__init__", "philox", "arguments", "aot", "resources", "manifest", "launcher")),
     ],
 )
 def test_the_list_of_operations_is_whole(folder: str, suffix: str, others: tuple[str, ...]) -> None:
@@ -264,7 +268,8 @@ def test_an_operation_has_its_plain_form_and_its_test(operation: str) -> None:
     plain = [path.name for path in (PACKAGE / "reference").glob("*.py") if operation in functions(path)]
     assert len(plain) == 1, f"{operation}: plain forms in {plain}"
     assert operation in functions(PACKAGE / "_native.pyi")
-    assert f"test_{operation}_equals_reference" in functions(ROOT / "tests" / f"test_{operation}.py")
+    for test in (f"test_{operation}.py", f"test_kernels_{operation}.py"):
+        assert f"test_{operation}_equals_reference" in functions(ROOT / "tests" / test)
 
 
 def test_the_torch_pin_is_in_one_place() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 from gpu_emulation import affine
 from gpu_emulation.driver import A100, H100, L4, ORIN, RTX5090, T4, Code, DeviceSpec, FakeDriver
+from gpu_emulation.driver.graphs import GLOBAL
+from gpu_emulation.driver.library import call
 
 from advrad_fast.errors import BackendUnavailableError, ConfigError, InferenceError, KernelFileError
 from advrad_fast.kernels.launcher import Gpu, Kernels, candidates, open_gpu
@@ -89,6 +92,21 @@ def test_a_prepared_launch(driver: FakeDriver, bench: Bench) -> None:
         launch()
         assert (bench.result() == 2 * value - 1).all()
     assert len(driver.launches) == 3
+
+
+def test_launches_are_captured(driver: FakeDriver, bench: Bench) -> None:
+    """Called or prepared, a launch is a node of a graph: nothing in it that a capture forbids."""
+    graph, executable = ctypes.c_uint64(), ctypes.c_uint64()
+    launch = bench.kernel.prepare(bench.stream, **{**bench.arguments, "x": bench.out, "b": 5.0})
+    assert call("cuStreamBeginCapture_v2", bench.stream.handle, GLOBAL) == Code.SUCCESS
+    bench.kernel(bench.stream, **bench.arguments)
+    launch()
+    assert call("cuStreamEndCapture", bench.stream.handle, ctypes.addressof(graph)) == Code.SUCCESS
+    assert call("cuGraphInstantiateWithFlags", ctypes.addressof(executable), graph.value, 0) == Code.SUCCESS
+    bench.cuda.memset_d32_async(bench.x, 0, N, bench.stream)
+    assert call("cuGraphLaunch", executable.value, bench.stream.handle) == Code.SUCCESS
+    assert (bench.result() == 2 * -1 + 5).all()
+    assert call("cuGraphExecDestroy", executable.value) == call("cuGraphDestroy", graph.value) == Code.SUCCESS
 
 
 def test_pointers_of_every_sort(driver: FakeDriver, bench: Bench) -> None:
@@ -212,6 +230,7 @@ CHOICES = {
     T4: ("sm_75", "cubin"),
     A100: ("sm_80", "cubin"),
     L4: ("sm_80", "cubin"),  # of the same major version
+    ORIN: ("sm_80", "ptx"),  # the driver of a Tegra takes no other GPU's cubin
     H100: ("sm_90", "cubin"),
     RTX5090: ("sm_80", "ptx"),  # sm_90a is for nothing else
 }

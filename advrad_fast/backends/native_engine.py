@@ -96,16 +96,33 @@ class NativeRequest:
         return self._out
 
 
-def physical_cores() -> int:
-    """How many cores this process may run on; hardware threads of one core share its matrix unit, and count once."""
+def physical_cores(root: Path = Path("/sys")) -> int:
+    """How many cores this process may use.
+
+    Hardware threads of one core share its matrix unit and count once; where a container is given a share of the processors'
+    time, threads beyond it would only wait for one another.
+    """
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = set()
     for cpu in cpus:
         try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
+            cores.add((root / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
         except OSError:
             cores.add(str(cpu))
-    return len(cores)
+    return max(1, min(len(cores), _quota(root / "fs/cgroup")))
+
+
+def _quota(root: Path) -> int:
+    """Whole processors' worth of time that control groups (version 2 or 1) allow, or a large number."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            words = " ".join((root / name).read_text() for name in names).split()
+            quota, period = int(words[0]), int(words[1])
+        except (OSError, ValueError, IndexError):
+            continue  # not this version, or "max"
+        if quota > 0 and period > 0:
+            return quota // period
+    return 1 << 16
 
 
 def _float32(array: NDArray[Any]) -> Array:

@@ -124,8 +124,9 @@ def _torch(
         return call
 
     contestants: dict[str, Callable[[], object]] = {"eager": lambda: net(x, timesteps), "torch bf16": bf16(half)}
-    if compile_torch and (compiled := torch_compiled(half)) is not None:
-        with_bf16 = bf16(compiled)
-        with_bf16()
-        contestants["torch bf16 compiled"] = with_bf16
+    if compile_torch:
+        with torch.autocast("cpu", torch.bfloat16):
+            compiled = torch_compiled(half, last, timesteps)
+        if compiled is not None:
+            contestants["torch bf16 compiled"] = bf16(compiled)
     return contestants

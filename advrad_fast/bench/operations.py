@@ -98,7 +98,7 @@ def rows(
 def _batch_rows(
     suffix: str, work: Work, batch: int, peaks: Peaks, seconds: float, compile_torch: bool
 ) -> Iterator[dict[str, Any]]:
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode, whose tensors torch.compile stumbles over
         work.check()
         eps = torch.randn(work.outputs.shape)
         contestants: dict[str, Callable[[], object]] = {

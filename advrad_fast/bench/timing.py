@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import shutil
 import subprocess
 import time
 import warnings
@@ -57,21 +56,19 @@ def alternate(contestants: Mapping[str, Callable[[], object]], *, seconds: float
     return {name: Timing(*(float(v) for v in values)) for name, values in quantiles.items()}
 
 
-def torch_compiled(function: Callable[..., Any]) -> Callable[..., Any] | None:
-    """``torch.compile(function)``, or None, with a warning, where there is no C++ compiler for it."""
+def torch_compiled(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any] | None:
+    """``torch.compile(function)``, called once with ``arguments``; or None, with a warning, where that fails."""
     import torch
 
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        _log.warning("torch.compile is left out: there is no C++ compiler")
-        return None
     compiled: Callable[..., Any] = torch.compile(function)
-
-    def quiet(*arguments: Any) -> Any:
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return compiled(*arguments)
-
-    return quiet
+            compiled(*arguments)
+    except Exception as error:  # no C++ compiler, or an operation that it refuses
+        _log.warning("torch.compile is left out: %s: %s", type(error).__name__, error)
+        return None
+    return compiled
 
 
 def row(

@@ -225,6 +225,8 @@ void Network::attention(std::size_t from, std::size_t out, std::size_t heads) {
     pack.kind = Kind::pack;
     pack.from = from, pack.out = static_cast<std::ptrdiff_t>(out), pack.heads = heads;
     pack.height = heads * (padded / kBlock);
+    for (std::size_t i = 0; i < std::max(up(depth, kDepth) / kDepth, padded / kBlock); ++i)
+        pack.offsets.push_back(static_cast<std::int32_t>(i * kDepth));
     pack.keys = plan.packed;
     plan.packed += plan.batch * heads * padded * up(depth, kDepth);
     pack.values = plan.packed;

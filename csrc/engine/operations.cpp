@@ -116,7 +116,7 @@ void make(const Plan& plan, const Noised& noised, std::size_t image, std::size_t
 
 }  // namespace
 
-void fold(const Task& task, const Operation& op, std::size_t image, std::size_t part) {
+void fold(const Task& task, const Operation& op, std::size_t image, std::size_t part) noexcept {
     const Plan& plan = task.plan;
     const Tensor& out = plan.tensors[0];
     const std::size_t patch = plan.patch;
@@ -136,7 +136,7 @@ void fold(const Task& task, const Operation& op, std::size_t image, std::size_t 
             }
 }
 
-void convolve(const Task& task, const Operation& op, std::size_t image, std::size_t part) {
+void convolve(const Task& task, const Operation& op, std::size_t image, std::size_t part) noexcept {
     const Plan& plan = task.plan;
     Workspace& workspace = task.workspace;
     const Rows rows = rows_of(op, part);
@@ -226,7 +226,7 @@ void convolve(const Task& task, const Operation& op, std::size_t image, std::siz
     }
 }
 
-void pack(const Task& task, const Operation& op, std::size_t image, std::size_t part) {
+void pack(const Task& task, const Operation& op, std::size_t image, std::size_t part) noexcept {
     const Plan& plan = task.plan;
     const Tensor& tensor = plan.tensors[op.from];
     const std::size_t channels = tensor.channels / 3, depth = channels / op.heads, positions = tensor.height * tensor.width;
@@ -254,7 +254,7 @@ void pack(const Task& task, const Operation& op, std::size_t image, std::size_t 
     }
 }
 
-void attend(const Task& task, const Operation& op, std::size_t image, std::size_t part) {
+void attend(const Task& task, const Operation& op, std::size_t image, std::size_t part) noexcept {
     const Plan& plan = task.plan;
     const Tensor &tensor = plan.tensors[op.from], &target = plan.tensors[static_cast<std::size_t>(op.out)];
     const std::size_t depth = target.channels / op.heads, positions = tensor.height * tensor.width;
@@ -264,8 +264,7 @@ void attend(const Task& task, const Operation& op, std::size_t image, std::size_
     const std::size_t pairs = (tiles.count + 1) / 2;
     float *scores = task.floats, *sums = task.floats + 2 * kPixels * padded;
     Bf16* shares = task.scratch;
-    std::vector<std::int32_t> offsets(std::max(steps, blocks));
-    for (std::size_t i = 0; i < offsets.size(); ++i) offsets[i] = static_cast<std::int32_t>(i * kDepth);
+    const std::int32_t* offsets = op.offsets.data();
     const Rows units = rows_of(op, part);
     for (std::size_t unit = units.begin; unit < units.end; ++unit) {
         const std::size_t head = unit / pairs, t = unit % pairs * 2, index = image * op.heads + head;
@@ -274,7 +273,7 @@ void attend(const Task& task, const Operation& op, std::size_t image, std::size_
             return task.workspace.activations.data() + of.memory + image * of.image() + (tile.y + 1) * of.pitch() +
                    (tile.x + 1) * of.channels + head * depth;
         };
-        Run run{{place(tensor, pair[0]), place(tensor, pair[1])}, tensor.channels * sizeof(Bf16), offsets.data(), steps};
+        Run run{{place(tensor, pair[0]), place(tensor, pair[1])}, tensor.channels * sizeof(Bf16), offsets, steps};
         Block block{};
         block.runs = &run;
         block.run_count = 1;
@@ -293,7 +292,7 @@ void attend(const Task& task, const Operation& op, std::size_t image, std::size_
                 const std::size_t row = (i * kPixels + m) * padded;
                 plan.kernels->softmax(scores + row, positions, padded, shares + row);
             }
-        run = {{shares, shares + kPixels * padded}, padded * sizeof(Bf16), offsets.data(), blocks};
+        run = {{shares, shares + kPixels * padded}, padded * sizeof(Bf16), offsets, blocks};
         block.raw = nullptr;
         block.out_stride = target.channels;
         const Bf16* values = task.workspace.packed.data() + op.values + index * padded * ((depth + kBlock - 1) / kBlock * kBlock);

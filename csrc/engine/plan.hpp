@@ -59,6 +59,7 @@ struct Operation {
     // attention
     std::size_t from = 0, heads = 1;
     std::size_t keys = 0, values = 0;  // first values in the workspace's packed tiles
+    std::vector<std::int32_t> offsets;  // of as many steps as either product takes
 };
 
 class Plan {
@@ -121,11 +122,11 @@ struct Task {
     float* floats;
 };
 
-// One chunk (of image `image`, the `part`th of the operation's) ...
-void fold(const Task& task, const Operation& operation, std::size_t image, std::size_t part);
-void convolve(const Task& task, const Operation& operation, std::size_t image, std::size_t part);
-void pack(const Task& task, const Operation& operation, std::size_t image, std::size_t part);
-void attend(const Task& task, const Operation& operation, std::size_t image, std::size_t part);
+// One chunk (of image `image`, the `part`th of the operation's); whoever throws here would leave the others waiting ...
+void fold(const Task& task, const Operation& operation, std::size_t image, std::size_t part) noexcept;
+void convolve(const Task& task, const Operation& operation, std::size_t image, std::size_t part) noexcept;
+void pack(const Task& task, const Operation& operation, std::size_t image, std::size_t part) noexcept;
+void attend(const Task& task, const Operation& operation, std::size_t image, std::size_t part) noexcept;
 
 // ... covers these rows.
 struct Rows {

@@ -110,10 +110,10 @@ class Access:
             size = self.batch.local_bytes
             self._bounds(addresses, width, size, space)
             lane = np.arange(strand.n)[lanes]
-            offsets = addresses.astype(np.int64) + lane * size
+            offsets = addresses.astype(np.int64) + lane * self.batch.local_stride
             return [Place(space, strand.local, strand.local_valid.view(np.uint8), None, slice(None), offsets, offsets, 0)]
         if space == "param":
-            self._bounds(addresses, width, len(self.batch.parameters), space)
+            self._bounds(addresses, width, self.batch.parameter_bytes, space)
             offsets = addresses.astype(np.int64)
             return [Place(space, self.batch.parameters, None, None, slice(None), offsets, offsets, 0)]
         found = []
@@ -143,7 +143,7 @@ class Access:
 
     def outside(self, offset: int, width: int) -> MemoryFault:
         """The error of a parameter access that no parameter holds."""
-        size = len(self.batch.parameters)
+        size = self.batch.parameter_bytes
         return MemoryFault("out of bounds", address=offset, nbytes=width, space="param", nearest=f"{size} bytes of parameters")
 
     def _shadow(self, allocation: Allocation) -> Shadow:
@@ -178,7 +178,7 @@ class Access:
         strong: bool,
         coherent: bool = True,
     ) -> list[Array]:
-        """Loads ``count`` words of ``width // count`` bytes for each lane of the mask: one array over the strand's lanes for each."""
+        """Loads ``count`` words of ``width // count`` bytes for each lane of the mask: for each word an array over all lanes."""
         lanes = strand.lanes(mask)
         addresses = strand.pick(address, lanes)
         if space == "global":
@@ -337,7 +337,7 @@ class Access:
     # Asynchronous copies.
 
     def copy_async(self, strand: Strand, shared: Array, source: Array, width: int, size: Array, mask: Mask) -> None:
-        """cp.async: the global bytes are read now; they reach shared memory when they are waited for, and until then it is poison."""
+        """cp.async: the global bytes are read now and reach shared memory when they are waited for; until then it is poison."""
         lanes = strand.lanes(mask)
         where, sizes = strand.pick(shared, lanes), strand.pick(size, lanes)
         data = np.zeros((len(where), width), dtype=np.uint8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 import sys
@@ -52,7 +51,6 @@ def make_driver(fake_library: None) -> Iterator[Callable[..., FakeDriver]]:
         return made[0]
 
     yield make
-    gc.collect()
     for driver in made:
         leaks, faults, unused = driver.leaks(), driver.take_faults(), driver.unused_injections()
         driver.__exit__(None, None, None)
@@ -75,7 +73,6 @@ def cuda(driver: FakeDriver) -> Iterator[Any]:
     context = pycuda.driver.Device(0).retain_primary_context()
     context.push()
     yield pycuda.driver
-    gc.collect()
     context.pop()
     context.detach()
 

@@ -15,7 +15,7 @@ import numpy as np
 from gpu_emulation.access import Access, AsyncCopies, GlobalTraffic
 from gpu_emulation.errors import BarrierDeadlock, EmulationError, NoProgress
 from gpu_emulation.formats import Array
-from gpu_emulation.memory import Memory
+from gpu_emulation.memory import WIDEST, Memory
 from gpu_emulation.order import Order
 from gpu_emulation.parser import Instruction
 from gpu_emulation.rules import Control, Step
@@ -56,7 +56,8 @@ class Launch:
     memory: Memory
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
-    parameters: Array
+    parameters: Array  # padded
+    parameter_bytes: int
     symbols: Mapping[str, int]
     shared_bytes: int
     dynamic_shared: int
@@ -92,11 +93,15 @@ class Batch:
     def __init__(self, launch: Launch, ctas: Array) -> None:
         self.launch = launch
         self.ctas = ctas
-        self.threads, self.warps = launch.threads, launch.warps
+        self.threads: int = launch.threads
+        self.warps: int = launch.warps
         self.grid, self.block = launch.grid, launch.block
         self.symbols, self.parameters = launch.symbols, launch.parameters
         self.register_count, self.local_bytes = launch.code.register_count, launch.code.local_bytes
-        self.shared_bytes, self.dynamic_shared = launch.shared_bytes, launch.dynamic_shared
+        self.local_stride = -(-self.local_bytes // WIDEST) * WIDEST
+        self.parameter_bytes = launch.parameter_bytes
+        self.shared_bytes: int = launch.shared_bytes
+        self.dynamic_shared: int = launch.dynamic_shared
         self.order = launch.order
         self.order.begin(ctas)
         self.access = Access(self)
@@ -162,7 +167,7 @@ class Batch:
         here, end = first, min(first + budget, len(code.steps))
         flags = strand.bools(at)
         control: Control | None = None
-        mask: Mask = at
+        mask: Mask | _Nobody = at
         while here < end and here != stop:
             step = code.steps[here]
             instruction = code.instructions[here]
@@ -249,7 +254,15 @@ class Batch:
     def _barrier(self, strand: Strand, control: Control, mask: Mask) -> None:
         assert control.source is not None
         at = strand.bools(mask)
-        if control.aligned:
+        numbers = strand.whole(control.source(strand, mask))
+        for number in np.unique(numbers[at]):
+            some = at & (numbers == number)
+            count = 0 if control.count is None else self._one(control.count(strand, mask), strand, some)
+            self._arrive(strand, some, int(number), count, aligned=control.aligned)
+
+    def _arrive(self, strand: Strand, at: Bools, number: int, count: int, *, aligned: bool) -> None:
+        """Threads come to one barrier."""
+        if aligned:
             by_warp = strand.by_warp(at)
             parted = by_warp.any(axis=1) & (strand.by_warp(strand.live & ~at)).any(axis=1)
             if parted.any():
@@ -257,8 +270,6 @@ class Batch:
                 raise BarrierDeadlock(
                     f"a barrier in divergent code: {strand.who(lanes)} is here, other threads of its warp are not"
                 )
-        number = self._one(control.source(strand, mask), strand, at, "barrier number")
-        count = 0 if control.count is None else self._one(control.count(strand, mask), strand, at, "thread count")
         if not 0 <= number < BARRIERS or count % WARP:
             raise BarrierDeadlock(f"barrier {number} with {count} threads: there are {BARRIERS}, and whole warps count")
         strand.spread()
@@ -266,7 +277,7 @@ class Batch:
         slots = strand.slot[at]
         came = np.bincount(slots, minlength=len(self.ctas))
         rows = np.unique(strand.row[at])
-        if count and control.aligned:  # the count grows by whole warps
+        if count and aligned:  # the count grows by whole warps
             came = np.bincount(rows // self.warps, minlength=len(self.ctas)) * WARP
         here = came > 0
         open_already = here & (self.arrived[number] > 0) & (self.expected[number] != count)
@@ -278,10 +289,10 @@ class Batch:
         self.arrival.reshape(-1)[rows] = self.launch.step
         self._complete(np.flatnonzero(here))
 
-    def _one(self, value: Array, strand: Strand, at: Bools, what: str) -> int:
+    def _one(self, value: Array, strand: Strand, at: Bools) -> int:
         values = np.unique(strand.whole(value)[at])
         if len(values) != 1:
-            raise BarrierDeadlock(f"the {what} differs between threads")
+            raise BarrierDeadlock("threads come to one barrier with different thread counts")
         return int(values[0])
 
     def _complete(self, slots: Array) -> None:
@@ -316,11 +327,8 @@ class Batch:
         grid = np.where(strand.by_warp(at), members.reshape(-1, WARP), np.uint32(0))
         wanted = np.bitwise_or.reduce(grid, axis=1)
         differs = strand.by_warp(at) & (grid != wanted[:, None])
-        if differs.any():
-            # Lanes with different masks at one instruction: each group waits for its own members.
-            wanted_lane = members
-        else:
-            wanted_lane = np.repeat(wanted, WARP)
+        # Lanes with different masks at one instruction each wait for their own members.
+        wanted_lane = members if differs.any() else np.repeat(wanted, WARP)
         present = np.bitwise_or.reduce(
             np.where(strand.by_warp(at), (np.uint32(1) << lane).reshape(-1, WARP), np.uint32(0)), axis=1
         )

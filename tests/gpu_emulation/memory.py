@@ -1,7 +1,8 @@
 """The device's memory: one flat 64-bit address space of separate allocations.
 
 Addresses start above 2**32 and are never given out twice, so that an address cut to 32 bits, an access past the end and a use
-after free are all faults.  Fresh memory is filled with 0xFF, a NaN in every floating type, and known to be unwritten byte by byte.
+after free are all faults.  Fresh memory is filled with 0xFF, a NaN in every floating type, and known byte by byte to be
+unwritten.
 """
 
 from __future__ import annotations
@@ -100,7 +101,11 @@ class Memory:
         self._drop(address)
 
     def map(self, address: int, data: NDArray[np.uint8]) -> None:
-        """Makes host memory visible at ``address`` until it is unmapped: ``data``, a contiguous uint8 array, is shared, not copied."""
+        """Makes host memory visible at ``address`` until it is unmapped.
+
+        Args:
+            data: contiguous uint8 (n,), shared, not copied.
+        """
         if data.dtype != np.uint8 or data.ndim != 1 or not data.flags.c_contiguous or not data.size:
             raise ValueError("mapped memory is a contiguous, one-dimensional, non-empty uint8 array")
         here = self.find(address)

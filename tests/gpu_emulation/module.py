@@ -104,6 +104,7 @@ class Module:
             grid=grid,
             block=block,
             parameters=np.frombuffer(parameters.ljust(-(-len(parameters) // 16) * 16, b"\0"), dtype=np.uint8),
+            parameter_bytes=len(parameters),
             symbols=self._symbols(memory),
             shared_bytes=static + dynamic_shared,
             dynamic_shared=dynamic_shared,
@@ -155,7 +156,7 @@ class Module:
         threads = int(np.prod(block))
         if threads > min(MAX_THREADS, entry.max_threads or MAX_THREADS):
             raise InvalidLaunch(f"{threads} threads in a block: {name} allows {entry.max_threads or MAX_THREADS}")
-        if entry.required_block is not None and block != (entry.required_block + (1, 1))[:3]:
+        if entry.required_block is not None and block != (*entry.required_block, 1, 1)[:3]:
             raise InvalidLaunch(f"block {block}: {name} requires {entry.required_block}")
         if int(np.prod(grid)) * threads >= 2**31:
             raise InvalidLaunch(f"{int(np.prod(grid))} CTAs of {threads} threads: more than 2**31 threads are not tracked")
@@ -235,4 +236,4 @@ def _compile(function: Function, module_variables: Mapping[str, Variable]) -> tu
         max_threads=function.max_threads,
         required_block=function.required_block,
     )
-    return entry, Code(function.instructions, steps, len(function.registers), -(-local_bytes // 32) * 32)
+    return entry, Code(function.instructions, steps, len(function.registers), local_bytes)

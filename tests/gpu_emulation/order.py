@@ -25,13 +25,15 @@ class Release:
 class Order:
     """The order of accesses in one launch.
 
-    Steps count executed instructions, so that ``step`` is also a time.  ``clock[w, v]`` is the last step of warp v (of the same CTA)
-    that is ordered before what warp w does now; a barrier joins the clocks of those that meet at it.
+    Steps count executed instructions, so that ``step`` is also a time.  ``clock[w, v]`` is the last step of warp v (of the same
+    CTA) that is ordered before what warp w does now; a barrier joins the clocks of those that meet at it.
 
-    Between lanes of one warp only ``bar.warp.sync`` and CTA barriers order accesses, as the PTX memory model says: that a warp often
-    runs in step is no promise.  Between CTAs an access is ordered if its CTA released it afterwards (a fence, or an atomic with
-    .release or .acq_rel; by the same warp, or one that had met it at a barrier) and the other's CTA then acquired (likewise).  Which
-    location carried the synchronisation is not looked at, so a pair on two different locations passes.
+    Between lanes of one warp only ``bar.warp.sync`` and CTA barriers order accesses, as the PTX memory model says: that a
+    warp often runs in step is no promise.  Between CTAs an access is ordered if its CTA released it afterwards (a fence, or
+    an atomic with .release or .acq_rel; by the same warp, or one that had met it at a barrier) and the other's CTA then
+    acquired (likewise). Which location carried the synchronisation is not looked at, so a pair on two different locations
+    passes.  Inside a CTA nothing but barriers orders: flags in memory with fences do not, so such code is reported although
+    it may be right.
     """
 
     def __init__(self, threads: int, warps: int, ctas: int) -> None:

@@ -109,7 +109,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable of a state space: "global", "const", "shared" or "local".  ``nbytes`` is 0 for an array whose size the launch gives."""
+    """A variable of a state space ("global", "const", "shared", "local"); 0 bytes: an array whose size the launch gives."""
 
     name: str
     space: str

@@ -1,10 +1,10 @@
 """Floating-point arithmetic with one rounding, in every PTX rounding mode.
 
-The device rounds an exact result once.  Here the exact result is first rounded to float64 *to odd* (Boldo and Melquiond, "Emulation
-of a FMA and correctly rounded sums: proved algorithms using rounding to odd", IEEE Trans. Computers 57, 2008): cut off, and the last
-bit set if anything was lost.  Rounding that once more to a format of at most 51 bits gives what a single rounding would have given,
-in every mode.  So add, sub, mul, div, sqrt and fma of f16, bf16 and f32 are exact to the last bit, subnormals included.  f64 is
-NumPy's own, to nearest only; its fma is exact (by fractions where the quick way could overflow).
+The device rounds an exact result once.  Here the exact result is first rounded to float64 *to odd* (Boldo and Melquiond,
+"Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd", IEEE Trans. Computers 57, 2008): cut
+off, and the last bit set if anything was lost.  Rounding that once more to a format of at most 51 bits gives what a single
+rounding would have given, in every mode.  So add, sub, mul, div, sqrt and fma of f16, bf16 and f32 are exact to the last bit,
+subnormals included.  f64 is NumPy's own, to nearest only; its fma is exact (by fractions where the quick way could overflow).
 
 NaN: a result that is NaN is the canonical one, 0x7fff (f16, bf16) or 0x7fffffff (f32), as PTX says; f64 keeps NumPy's.
 """
@@ -24,14 +24,15 @@ F64 = NDArray[np.float64]
 
 SMALLEST_NORMAL = {"f16": 2.0**-14, "bf16": 2.0**-126, "f32": 2.0**-126, "f64": 2.0**-1022}
 CANONICAL_NAN = {"f16": 0x7FFF, "bf16": 0x7FFF, "f32": 0x7FFFFFFF}
-NATIVE = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
+NATIVE: dict[str, Any] = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
 
 
 def decode(raw: Array, kind: str) -> F64:
     """Raw bits as float64: exact."""
     if kind == "bf16":
         return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
-    return raw.view(NATIVE[kind]).astype(np.float64)
+    exact: F64 = raw.view(NATIVE[kind]).astype(np.float64)
+    return exact
 
 
 def encode(exact: F64, kind: str, mode: str = "rn") -> Array:
@@ -120,22 +121,26 @@ def two_product(a: F64, b: F64) -> tuple[F64, F64]:
     return product, ((ah * bh - product) + ah * bl + al * bh) + al * bl
 
 
-def add(a: F64, b: F64) -> F64:
-    """a + b to odd."""
-    return _odd(*two_sum(a, b))
+def add(a: F64, b: F64, mode: str = "rn") -> F64:
+    """a + b to odd; ``mode`` matters for the sign of a zero alone: towards minus infinity it is negative, unless of +0 and +0."""
+    total = _odd(*two_sum(a, b))
+    if mode == "rm":
+        positive = (a == 0) & (b == 0) & ~np.signbit(a) & ~np.signbit(b)
+        return np.where((total == 0) & ~positive, -0.0, total)
+    return total
 
 
-def multiply(a: F64, b: F64) -> F64:
+def multiply(a: F64, b: F64, mode: str = "rn") -> F64:
     """a * b: exact for factors of at most 26 bits and f32's range."""
     return a * b
 
 
-def multiply_add(a: F64, b: F64, c: F64) -> F64:
+def multiply_add(a: F64, b: F64, c: F64, mode: str = "rn") -> F64:
     """a * b + c to odd, for factors of at most 26 bits and f32's range: then the product is exact."""
-    return add(a * b, c)
+    return add(a * b, c, mode)
 
 
-def divide(a: F64, b: F64) -> F64:
+def divide(a: F64, b: F64, mode: str = "rn") -> F64:
     """a / b to odd, for operands of at most 26 bits and f32's range."""
     quotient = a / b
     product, error = two_product(quotient, b)
@@ -143,7 +148,7 @@ def divide(a: F64, b: F64) -> F64:
     return _odd(quotient, np.where(b < 0, -rest, rest))
 
 
-def square_root(a: F64) -> F64:
+def square_root(a: F64, mode: str = "rn") -> F64:
     """sqrt(a) to odd, for an operand of at most 26 bits and f32's range."""
     root = np.sqrt(a)
     product, error = two_product(root, root)
@@ -177,7 +182,7 @@ def _multiply_add_one(a: float, b: float, c: float) -> float:
     try:
         return float(exact)  # correctly rounded
     except OverflowError:
-        return math.copysign(math.inf, exact)
+        return math.inf if exact > 0 else -math.inf
 
 
 def round_integral(value: F64, mode: str) -> F64:

@@ -226,7 +226,7 @@ class Build:
     def vector(self, count: int) -> list[Operand]:
         """``count`` operands, in braces if there are several."""
         operand = self.operand()
-        items = list(operand.items) if isinstance(operand, Vector) else [operand]
+        items: list[Operand] = list(operand.items) if isinstance(operand, Vector) else [operand]
         if len(items) != count:
             raise InvalidModule(f"{self.instruction.name}: {len(items)} operands in a vector of {count}")
         return items

@@ -74,7 +74,8 @@ class Shadow:
     def unwritten(self, offsets: Ints, width: int) -> NDArray[np.bool_]:
         """Which accesses read a byte that nobody wrote in this launch."""
         cells, each = self.cells(offsets, width)
-        return (self.writer[cells] == NOBODY).reshape(-1, each).any(axis=1)
+        missing: NDArray[np.bool_] = (self.writer[cells] == NOBODY).reshape(-1, each).any(axis=1)
+        return missing
 
     def read(self, offsets: Ints, width: int, threads: Threads, step: int, ordered: Ordered, *, strong: bool) -> Conflict | None:
         """Notes reads; the first conflict with an earlier write, if there is one."""

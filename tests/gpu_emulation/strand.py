@@ -64,8 +64,8 @@ class Strand:
         self.junk: dict[int, int] = {}  # registers with undefined bytes: which, one bit for each byte
         self.carry: Array = np.zeros(1, dtype=np.uint64)
         self.specials: dict[str, Array] = {}
-        self.local = np.full(self.n * batch.local_bytes, 0xFF, dtype=np.uint8)
-        self.local_valid = np.zeros(self.n * batch.local_bytes, dtype=bool)
+        self.local = np.full(self.n * batch.local_stride, 0xFF, dtype=np.uint8)
+        self.local_valid = np.zeros(self.n * batch.local_stride, dtype=bool)
         self.copies = batch.new_copies()
 
     def lanes(self, mask: Mask) -> Any:

@@ -154,12 +154,17 @@ def test_ptx(on: Callable[..., tuple[FakeDriver, Any]], case: str) -> None:
 
 @pytest.mark.parametrize(
     ("made_for", "runs_on", "refused_on"),
-    [("sm_80", (A100, L4, ORIN), (T4, H100)), ("sm_89", (L4,), (A100, ORIN)), ("sm_90a", (H100,), (A100, RTX5090))],
+    [
+        ("sm_80", (A100, L4), (T4, ORIN, H100)),
+        ("sm_87", (ORIN,), (A100, L4)),
+        ("sm_89", (L4,), (A100, ORIN)),
+        ("sm_90a", (H100,), (A100, RTX5090)),
+    ],
 )
 def test_cubins(
     on: Callable[..., tuple[FakeDriver, Any]], made_for: str, runs_on: tuple[DeviceSpec, ...], refused_on: tuple[DeviceSpec, ...]
 ) -> None:
-    """A cubin runs on its own major version, from its minor version up; one for "sm_90a" on nothing else."""
+    """A cubin runs on its own major version, from its minor version up, but on no Tegra; one for "sm_90a" on nothing else."""
     driver, cuda = on(A100)
     binary = affine.cubin(made_for.encode())
     driver.modules.know(binary, affine.ptx(made_for), made_for)

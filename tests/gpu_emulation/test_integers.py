@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_emulation.formats import TYPES
-from gpu_emulation.snippets import apply
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from gpu_emulation.formats import TYPES
+from gpu_emulation.snippets import apply
 
 EDGES = (0, 1, 2, 3, 5, 31, 32, 33, 63, 64, 127, 128, 255, 256, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 COUNT = 64

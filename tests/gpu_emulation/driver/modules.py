@@ -32,6 +32,7 @@ _PTX_OF_CUDA = {
     **{11080: (7, 8), 12000: (8, 0), 12010: (8, 1), 12020: (8, 2), 12030: (8, 3), 12040: (8, 4), 12050: (8, 5), 12070: (8, 6)},
     **{12080: (8, 7), 12090: (8, 8), 13000: (9, 0), 13010: (9, 1)},
 }
+_TEGRA = ((7, 2), (8, 7), (11, 0))  # no binary compatibility there, and none between them and others
 _JIT_LOGS = {3: 4, 5: 6}  # CU_JIT_INFO_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER -> the option with its size
 _END, _POINTER, _SIZE = 0, 1, 2  # CU_LAUNCH_PARAM_*
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -118,6 +119,7 @@ class Modules:
         self._readable(image, Code.INVALID_IMAGE)
         number, specific = _architecture(known[1])
         major, minor = divmod(number, 10)
+        specific = specific or not {(major, minor), spec.capability}.isdisjoint(_TEGRA)
         if major != spec.capability[0] or minor > spec.capability[1] or (specific and minor != spec.capability[1]):
             raise Refused(Code.NO_BINARY_FOR_GPU, f"a cubin for {known[1]} on compute capability {spec.capability}")
         return image

@@ -44,8 +44,8 @@ def shift(build: Build) -> Step:
     def compute(a: Array, b: Array) -> Array:
         by = np.minimum(b, np.uint32(kind.bits - 1)).astype(a.dtype)
         if left:
-            return np.where(b >= kind.bits, a.dtype.type(0), a << by)
-        return a >> by if signed else np.where(b >= kind.bits, a.dtype.type(0), a >> by)
+            return np.asarray(np.where(b >= kind.bits, a.dtype.type(0), a << by))
+        return np.asarray(a >> by if signed else np.where(b >= kind.bits, a.dtype.type(0), a >> by))
 
     return elementwise(write, compute, value, amount)
 
@@ -92,7 +92,7 @@ def _count(value: Array) -> Array:
 
 def _count_slowly(value: Array) -> Array:
     bits = np.unpackbits(np.ascontiguousarray(value).view(np.uint8).reshape(len(value), -1), axis=1)
-    return bits.sum(axis=1).astype(np.uint32)
+    return np.asarray(bits.sum(axis=1).astype(np.uint32))
 
 
 def _spread_down(value: Array) -> Array:
@@ -148,7 +148,7 @@ def _low_bits(length: Array, kind: Type) -> Array:
     """A mask of ``length`` ones, up to the width."""
     word = kind.raw.type
     short = np.minimum(length, np.uint32(kind.bits - 1)).astype(kind.raw)
-    return np.where(length >= kind.bits, word(2**kind.bits - 1), (word(1) << short) - word(1))
+    return np.asarray(np.where(length >= kind.bits, word(2**kind.bits - 1), (word(1) << short) - word(1)))
 
 
 @rule("bfe")
@@ -163,12 +163,12 @@ def extract(build: Build) -> Step:
         raw = a.view(kind.raw)
         field = np.where(pos > top, kind.raw.type(0), raw >> np.minimum(pos, top).astype(kind.raw)) & _low_bits(size, kind)
         if kind.kind == "u":
-            return field
+            return np.asarray(field)
         sign_at = np.minimum(pos + size - np.uint32(1), top).astype(kind.raw)
         negative = ((raw >> sign_at) & kind.raw.type(1)).astype(bool) & (size > 0)
         # The field's own top bit may lie beyond the value: all from its true end upwards takes the sign.
         kept = np.minimum(size, np.where(pos > top, np.uint32(0), np.uint32(kind.bits) - np.minimum(pos, top)))
-        return np.where(negative, field | ~_low_bits(kept, kind), field)
+        return np.asarray(np.where(negative, field | ~_low_bits(kept, kind), field))
 
     return elementwise(write, compute, value, position, length)
 
@@ -184,7 +184,7 @@ def insert(build: Build) -> Step:
         pos, size = pos & np.uint32(255), size & np.uint32(255)
         by = np.minimum(pos, top).astype(kind.raw)
         mask = np.where(pos > top, kind.raw.type(0), _low_bits(size, kind) << by)
-        return (b & ~mask) | ((a << by) & mask)
+        return np.asarray((b & ~mask) | ((a << by) & mask))
 
     return elementwise(write, compute, field, base, position, length)
 

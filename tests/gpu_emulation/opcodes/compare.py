@@ -52,10 +52,10 @@ def _compare_floats(name: str, a: Array, b: Array, kind: str, ftz: bool) -> Arra
         x, y = (rounding.decode(rounding.flush(raw, kind) if ftz else raw, kind) for raw in raws)
     nan: Array = np.isnan(x) | np.isnan(y)
     if name in ("num", "nan"):
-        return nan if name == "nan" else ~nan
+        return nan if name == "nan" else np.logical_not(nan)
     if len(name) == 3:
-        return nan | np.asarray(ORDERED[name[:2]](x, y))
-    return ~nan & np.asarray(ORDERED[name](x, y))
+        return np.asarray(np.logical_or(nan, ORDERED[name[:2]](x, y)))
+    return np.asarray(np.logical_and(np.logical_not(nan), ORDERED[name](x, y)))
 
 
 def _read(build: Build) -> tuple[str, str, bool]:

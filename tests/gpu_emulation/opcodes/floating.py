@@ -16,7 +16,8 @@ import numpy as np
 from gpu_emulation import rounding
 from gpu_emulation.formats import Array, Type, type_named
 from gpu_emulation.opcodes.integer import elementwise
-from gpu_emulation.rules import Build, Step, rule
+from gpu_emulation.rules import Build, Source, Step, rule
+from gpu_emulation.strand import Mask, Strand
 
 FLOATS = ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2", "f32x2")
 MODES = ("rn", "rz", "rm", "rp")
@@ -36,9 +37,29 @@ def per_element(kind: Type, function: Scalar) -> Scalar:
         words = [operand.view(kind.raw) for operand in operands]
         low = function(*[word.astype(part) for word in words])
         high = function(*[(word >> shift).astype(part) for word in words])
-        return (high.astype(kind.raw) << shift) | low
+        packed: Array = (high.astype(kind.raw) << shift) | low
+        return packed
 
     return both
+
+
+def packed(build: Build, kind: Type, function: Scalar, operands: int) -> Step:
+    """A function of scalars on both halves of packed operands; a half of which an operand's is undefined stays undefined.
+
+    Compilers use one half alone.
+    """
+    to, compute = build.target(kind), per_element(kind, function)
+    reads = [build.loose(kind) for _ in range(operands)]
+    size = kind.nbytes // 2
+    halves = [((1 << size) - 1) << (i * size) for i in range(2)]
+
+    def step(strand: Strand, mask: Mask) -> None:
+        values, junk = zip(*[read(strand, mask) for read in reads], strict=True)
+        undefined = sum(half for half in halves if any(bits & half for bits in junk))
+        if to is not None:
+            strand.write(to, compute(*values), mask, undefined)
+
+    return step
 
 
 def finish(function: Scalar, kind: str, *, ftz: bool = False, sat: bool = False, relu: bool = False) -> Scalar:
@@ -77,12 +98,12 @@ def _native(operation: Callable[[Any, Any], Any], kind: str) -> Scalar:
 
 
 def _exact(operation: Callable[..., Array], kind: str, mode: str) -> Scalar:
-    return lambda *operands: rounding.encode(operation(*[rounding.decode(word, kind) for word in operands]), kind, mode)
+    return lambda *operands: rounding.encode(operation(*[rounding.decode(word, kind) for word in operands], mode), kind, mode)
 
 
-BASIC: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]] = {
+BASIC: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any, Any, str], Any]]] = {
     "add": (np.add, rounding.add),
-    "sub": (np.subtract, lambda a, b: rounding.add(a, -b)),
+    "sub": (np.subtract, lambda a, b, mode: rounding.add(a, -b, mode)),
     "mul": (np.multiply, rounding.multiply),
 }
 
@@ -94,12 +115,25 @@ def binary(build: Build) -> Step:
     scalar = kind.element or kind.name
     _rounding(build, scalar, mode, ftz, sat)
     native, exact = BASIC[build.opcode]
-    if scalar in ("f32", "f64") and mode in ("", "rn"):
-        function = _native(native, scalar)
-    else:
-        function = _exact(exact, scalar, mode or "rn")
-    function = finish(function, scalar, ftz=bool(ftz), sat=bool(sat))
-    return elementwise(build.destination(kind), per_element(kind, function), build.source(kind), build.source(kind))
+    near = scalar in ("f32", "f64") and mode in ("", "rn")
+    function = finish(
+        _native(native, scalar) if near else _exact(exact, scalar, mode or "rn"), scalar, ftz=bool(ftz), sat=bool(sat)
+    )
+    if kind.element:
+        return packed(build, kind, function, 2)
+    write = build.destination(kind)
+    half = None if build.opcode == "mul" or ftz else _half(build, kind)
+    first = build.source(kind) if half is None else _widened(build.source(half), half)
+    return elementwise(write, per_element(kind, function), first, build.source(kind))
+
+
+def _half(build: Build, kind: Type) -> Type | None:
+    """The second type of add.f32.f16 and its like: operands in half precision, widened first, which is exact."""
+    return build.type("f16", "bf16") if kind.name == "f32" and build.modifiers else None
+
+
+def _widened(read: Source, kind: Type) -> Source:
+    return lambda strand, mask: rounding.encode(rounding.decode(read(strand, mask).view(kind.raw), kind.name), "f32")
 
 
 def _fma_f32(a: Array, b: Array, c: Array) -> Array:
@@ -137,8 +171,12 @@ def fused(build: Build) -> Step:
     else:
         function = _exact(rounding.multiply_add, scalar, mode)
     function = finish(function, scalar, ftz=bool(ftz), sat=bool(sat), relu=bool(relu))
+    if kind.element:
+        return packed(build, kind, function, 3)
     write = build.destination(kind)
-    return elementwise(write, per_element(kind, function), *[build.source(kind) for _ in range(3)])
+    half = None if ftz else _half(build, kind)
+    factors = [build.source(kind) if half is None else _widened(build.source(half), half) for _ in range(2)]
+    return elementwise(write, per_element(kind, function), *factors, build.source(kind))
 
 
 @rule("fma")
@@ -153,11 +191,8 @@ def divide(build: Build) -> Step:
     _rounding(build, kind.name, "" if mode in ("approx", "full") else mode, ftz, "")
     if kind.name == "f64" and mode != "rn":
         raise build.unknown("no approximate division of f64")
-    if mode in ("rn", "approx", "full"):
-        function = _native(np.divide, kind.name)
-    else:
-        function = _exact(rounding.divide, "f32", mode)
-    function = finish(function, kind.name, ftz=bool(ftz))
+    near = mode in ("rn", "approx", "full")
+    function = finish(_native(np.divide, kind.name) if near else _exact(rounding.divide, "f32", mode), kind.name, ftz=bool(ftz))
     return elementwise(build.destination(kind), per_element(kind, function), build.source(kind), build.source(kind))
 
 
@@ -244,9 +279,9 @@ def root_or_reciprocal(build: Build) -> Step:
             return rounding.canonical(near(a.view(native)).view(kind.raw), kind.name)
 
     else:
-        exact = rounding.square_root if is_root else lambda a: rounding.divide(np.ones_like(a), a)
-        function = _exact(exact, "f32", mode)  # type: ignore[assignment]
-    function = finish(function, kind.name, ftz=bool(ftz))  # type: ignore[assignment]
+        exact = rounding.square_root if is_root else lambda a, mode: rounding.divide(np.ones_like(a), a)
+        function = _exact(exact, "f32", mode)
+    function = finish(function, kind.name, ftz=bool(ftz))
     return elementwise(build.destination(kind), per_element(kind, function), build.source(kind))
 
 

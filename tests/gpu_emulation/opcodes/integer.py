@@ -28,7 +28,7 @@ def high_product(a: Array, b: Array, kind: Type) -> Array:
     if kind.bits < 64:
         wide = type_named(WIDER[kind.name]).view
         product = a.astype(wide) * b.astype(wide)
-        return (product >> wide.type(kind.bits)).astype(kind.view)
+        return np.asarray((product >> wide.type(kind.bits)).astype(kind.view))
     ua, ub = a.view(np.uint64), b.view(np.uint64)
     low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     cross = (ua & low) * (ub & low) >> half
@@ -37,18 +37,18 @@ def high_product(a: Array, b: Array, kind: Type) -> Array:
     high = (ua >> half) * (ub >> half) + (middle >> half) + (other >> half)
     if kind.kind == "s":  # the unsigned product takes -x for 2**64 - x
         high = high - np.where(a < 0, ub, np.uint64(0)) - np.where(b < 0, ua, np.uint64(0))
-    return high.view(kind.view)
+    return np.asarray(high.view(kind.view))
 
 
 def wide_product(a: Array, b: Array, kind: Type) -> Array:
     wide = type_named(WIDER[kind.name]).view
-    return a.astype(wide) * b.astype(wide)
+    return np.asarray(a.astype(wide) * b.astype(wide))
 
 
 def clamp_sum(a: Array, b: Array, sign: int) -> Array:
     """.sat for s32."""
     exact = a.astype(np.int64) + sign * b.astype(np.int64)
-    return np.clip(exact, -(2**31), 2**31 - 1).astype(np.int32)
+    return np.asarray(np.clip(exact, -(2**31), 2**31 - 1).astype(np.int32))
 
 
 def add_sub(build: Build) -> Step:
@@ -227,6 +227,6 @@ def dot_product(build: Build) -> Step:
 
     def compute(x: Array, y: Array, z: Array) -> Array:
         total = (bytes_of(x, kinds[0]) * bytes_of(y, kinds[1])).sum(axis=1)
-        return (total.astype(np.uint64) + z.astype(np.uint64)).astype(np.uint32)
+        return np.asarray((total.astype(np.uint64) + z.astype(np.uint64)).astype(np.uint32))
 
     return elementwise(write, compute, a, b, c)

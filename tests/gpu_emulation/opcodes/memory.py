@@ -14,11 +14,16 @@ from gpu_emulation.parser import Literal, Sink
 from gpu_emulation.rules import Build, Control, Source, Step, rule
 from gpu_emulation.strand import WARP, Mask, Strand
 
-VALUES = tuple(kind + str(bits) for kind in "bus" for bits in (8, 16, 32, 64)) + ("f32", "f64")
+VALUES = (*(kind + str(bits) for kind in "bus" for bits in (8, 16, 32, 64)), "f32", "f64")
 SCOPES = ("cta", "cluster", "gpu", "sys")
 EVICTION = ("L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate")
 PREFETCH = ("L2::64B", "L2::128B", "L2::256B")
 B32, B64, U32 = type_named("b32"), type_named("b64"), type_named("u32")
+
+
+def _space(build: Build, *spaces: str) -> str:
+    """The state space; .shared::cta is .shared, that of another CTA of the cluster is not known."""
+    return build.need(*spaces, "shared::cta").partition("::")[0]
 
 
 def _order(build: Build, strong: tuple[str, ...]) -> tuple[str, str]:
@@ -38,9 +43,7 @@ def _policy(build: Build, *, hinted: bool) -> None:
 @rule("ld")
 def load(build: Build) -> Step:
     order, scope = _order(build, ("relaxed", "acquire"))
-    space = build.need("global", "shared", "local", "const", "param")
-    if space == "shared":
-        build.take("cta")
+    space = _space(build, "global", "shared", "local", "const", "param")
     build.take("ca", "cg", "cs", "lu", "cv")
     coherent = not build.take("nc")
     build.take(*EVICTION)
@@ -75,7 +78,7 @@ def load(build: Build) -> Step:
 def _parameter(strand: Strand, offset: int, width: int, count: int) -> list[Array]:
     """A parameter is the same for all lanes."""
     data = strand.batch.parameters[offset : offset + width]
-    if len(data) < width or offset % width:
+    if offset + width > strand.batch.parameter_bytes or offset % width:
         raise strand.batch.access.outside(offset, width)
     return [data.view(f"u{width // count}")[i : i + 1] for i in range(count)]
 
@@ -83,9 +86,7 @@ def _parameter(strand: Strand, offset: int, width: int, count: int) -> list[Arra
 @rule("st")
 def store(build: Build) -> Step:
     order, scope = _order(build, ("relaxed", "release"))
-    space = build.need("global", "shared", "local")
-    if space == "shared":
-        build.take("cta")
+    space = _space(build, "global", "shared", "local")
     build.take("wb", "cg", "cs", "wt")
     build.take(*EVICTION)
     hinted = bool(build.take("L2::cache_hint"))
@@ -157,7 +158,7 @@ def atomic(build: Build) -> Step:
     returns = build.opcode == "atom"
     order = build.take_any("relaxed", "acquire", "release", "acq_rel")
     scope = build.take_any(*SCOPES) or "gpu"
-    space = build.take_any("global", "shared")
+    space = build.take_any("global", "shared", "shared::cta").partition("::")[0]
     if not space or (not returns and order == "acquire"):
         raise build.unknown("no state space, or no such order")
     if space == "global" and scope in ("cta", "cluster"):
@@ -237,7 +238,7 @@ def copy(build: Build) -> Step:
         newest = _literal(build)
         return lambda strand, mask: strand.batch.access.wait(strand, newest, mask)
     policy = build.need("ca", "cg")
-    build.need("shared")
+    _space(build, "shared")
     build.need("global")
     hinted = bool(build.take("L2::cache_hint"))
     build.take(*PREFETCH)
@@ -264,7 +265,7 @@ def load_matrix(build: Build) -> Control:
     build.need("m8n8")
     count = int(build.need("x1", "x2", "x4")[1:])
     transposed = bool(build.take("trans"))
-    build.need("shared")
+    _space(build, "shared")
     build.type("b16")
     writers = [build.destination(B32, item) for item in build.vector(count)]
     address = build.address("shared")
