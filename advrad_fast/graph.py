@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 #: Names the graphs built here in cache keys: raised whenever the same config and weights give another graph (a test watches).
 GRAPH_VERSION = 1
 
-_OPSET, _IR_VERSION = 18, 8
-_EPSILON = 1e-5  # nn.GroupNorm's
+EPSILON = 1e-5  # nn.GroupNorm's
 _MAX_BYTES = 2**31 - 2**20  # protobuf refuses messages of 2 GiB
 #: Rows: the four taps a side of a stride-2 transposed convolution; columns: the taps of a 3-tap convolution on its input doubled
 #: by repetition (pad 1) that fall on the same sample.
@@ -136,16 +135,38 @@ def time_embedding(config: UNetConfig, weights: Mapping[str, Array], timestep: i
     return _silu(weights["time2.weight"].astype(np.float64) @ hidden + weights["time2.bias"])
 
 
-class _Graph:
-    """Nodes and initialisers as they are added; every method takes and returns tensor names."""
+class GraphBuilder:
+    """Nodes and initialisers as they are added; every method takes and returns tensor names.
+
+    This one builds in float32; :mod:`advrad_fast.graph_precision` has one for the other types.
+
+    Args:
+        config, weights, height, width, timestep: as for :func:`build_graph`.
+        batch: images a call; 0 for any.
+
+    Raises:
+        ConfigError, ModelFileError: as :func:`build_graph`.
+    """
+
+    opset, ir_version = 18, 8
 
     def __init__(
-        self, config: UNetConfig, weights: Mapping[str, Array], shape: tuple[int, int, int, int], embedding: NDArray[np.float64]
-    ):
+        self, config: UNetConfig, weights: Mapping[str, Array], *, height: int, width: int, batch: int, timestep: int
+    ) -> None:
+        for name, value, low, high in (("batch", batch, 0, 65_536), ("timestep", timestep, 0, 10**6)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+                raise ConfigError(expected(name, f"an integer in [{low}, {high}]", value))
+        step = config.size_multiple
+        for name, value in (("height", height), ("width", width)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= MAX_SIDE or value % step:
+                raise ConfigError(expected(name, f"a multiple of {step} up to {MAX_SIDE} for this UNet", value))
+        check_weights(config, weights)
         import onnx
 
         self.onnx = onnx
-        self.config, self.weights, self.shape, self.embedding = config, weights, shape, embedding
+        self.kind: int = onnx.TensorProto.FLOAT  # of the input and the output
+        self.config, self.weights, self.shape = config, weights, (int(batch), config.in_channels, int(height), int(width))
+        self.timestep = int(timestep)
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
 
@@ -176,9 +197,13 @@ class _Graph:
         weight = self.weights[f"{name}.weight"] if weight is None else weight
         bias = self.weights[f"{name}.bias"] if bias is None else bias
         side = weight.shape[-1]
-        inputs = [x, self.constant(f"{name}.weight", weight), self.constant(f"{name}.bias", bias)]
+        inputs = [*self.factors(x, name, weight), self.constant(f"{name}.bias", bias)]
         layout = {"kernel_shape": [side, side], "pads": [side // 2] * 4, "strides": [stride, stride]}
         return self.node("Conv", inputs, output or name, **layout)
+
+    def factors(self, x: str, name: str, weight: NDArray[Any]) -> tuple[str, str]:
+        """A convolution's input and weight as it multiplies them."""
+        return x, self.constant(f"{name}.weight", weight)
 
     def doubled(self, x: str, name: str) -> str:
         """Nearest doubling, then a 3x3 convolution: as the equal 4x4 transposed convolution of stride 2, at 4/9 of the work."""
@@ -201,7 +226,7 @@ class _Graph:
         mean = self.group_mean(x, f"{name}.mean", len(weight))
         centred = self.node("Sub", [x, mean], f"{name}.centred")
         variance = self.group_mean(self.node("Mul", [centred, centred], f"{name}.squares"), f"{name}.variance", len(weight))
-        epsilon = self.constant("epsilon", np.array([_EPSILON]))
+        epsilon = self.constant("epsilon", np.array([EPSILON]))
         deviation = self.node("Sqrt", [self.node("Add", [variance, epsilon], f"{name}.stabilised")], f"{name}.deviation")
         factor = self.node("Div", [self.constant(f"{name}.weight", weight.reshape(column)), deviation], f"{name}.factor")
         scaled = self.node("Mul", [centred, factor], f"{name}.scaled")
@@ -268,6 +293,7 @@ class _Graph:
 
     def unet(self) -> None:
         config = self.config
+        self.embedding = time_embedding(config, self.weights, self.timestep)
         h = self.stem("x")
         skips, index = [h], 0
         for level in range(config.levels):
@@ -312,24 +338,26 @@ def build_graph(
         ConfigError: a size, the batch or the timestep is out of range, or the graph would not fit ONNX's 2 GiB.
         ModelFileError: the weights are not this config's.
     """
-    for name, value, low, high in (("batch", batch, 1, 65_536), ("timestep", timestep, 0, 10**6)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-            raise ConfigError(expected(name, f"an integer in [{low}, {high}]", value))
-    multiple = config.size_multiple
-    for name, value in (("height", height), ("width", width)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= MAX_SIDE or value % multiple:
-            raise ConfigError(expected(name, f"a multiple of {multiple} up to {MAX_SIDE} for this UNet", value))
-    check_weights(config, weights)
-    import onnx
+    if batch == 0:
+        raise ConfigError(expected("batch", "an integer in [1, 65536]", batch))
+    return assemble(GraphBuilder(config, weights, height=height, width=width, batch=batch, timestep=timestep))
 
-    shape = (int(batch), config.in_channels, int(height), int(width))
+
+def assemble(graph: GraphBuilder) -> onnx.ModelProto:
+    """The model that a builder builds.
+
+    Raises:
+        ConfigError: it would not fit ONNX's 2 GiB.
+    """
     with np.errstate(over="ignore", invalid="ignore"):  # damaged weights show as a non-finite score, not as a warning
-        graph = _Graph(config, weights, shape, time_embedding(config, weights, int(timestep)))
         graph.unet()
     if sum(constant.ByteSize() for constant in graph.constants.values()) > _MAX_BYTES:
         raise ConfigError("unet: expected weights below 2 GiB, the most an ONNX graph can hold")
-    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
-    inputs, outputs = ([helper.make_tensor_value_info(name, kind, shape)] for name in ("x", "output"))
+    helper, shape = graph.onnx.helper, [size or "batch" for size in graph.shape]
+    inputs, outputs = ([helper.make_tensor_value_info(name, graph.kind, shape)] for name in ("x", "output"))
     proto = helper.make_graph(graph.nodes, "unet", inputs, outputs, list(graph.constants.values()))
-    opset = helper.make_opsetid("", _OPSET)
-    return helper.make_model(proto, opset_imports=[opset], ir_version=_IR_VERSION, producer_name="advrad_fast")
+    opset = helper.make_opsetid("", graph.opset)
+    model: onnx.ModelProto = helper.make_model(
+        proto, opset_imports=[opset], ir_version=graph.ir_version, producer_name="advrad_fast"
+    )
+    return model

@@ -1,7 +1,8 @@
 """Compiled networks on disk: a cache that may be deleted, damaged or unwritable at any time without changing a result.
 
-A file is a magic line, the SHA-256 of the rest, and the engine's own blob.  The hash guards against truncation and bit rot,
-not against somebody who can write to the folder: keep it as private as the programs that run from it.
+A file is a magic line, the SHA-256 of its name and of the rest, and the engine's own blob.  The hash guards against truncation,
+bit rot and files under another's name, not against somebody who can write to the folder: keep it as private as the programs that
+run from it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from advrad_fast.files import write_atomically
 #: A folder, None for :func:`default_folder`, or False for no cache.
 CacheDir = str | os.PathLike[str] | Literal[False] | None
 
-_MAGIC = b"advrad_fast compiled network 1\n"
+_MAGIC = b"advrad_fast compiled network 2\n"
 _log = logging.getLogger(__name__)
 
 
@@ -87,22 +88,34 @@ def load(where: Path | None, name: str) -> bytes | None:
         return None
     start = len(_MAGIC) + hashlib.sha256().digest_size
     blob = data[start:]
-    if data[: len(_MAGIC)] != _MAGIC or data[len(_MAGIC) : start] != hashlib.sha256(blob).digest():
+    if data[: len(_MAGIC)] != _MAGIC or data[len(_MAGIC) : start] != _digest(name, blob):
         _log.warning("the compiled network %s is damaged; compiling again", path)
         return None
     return blob
 
 
-def store(where: Path | None, name: str, blob: bytes) -> None:
-    """Store ``blob`` under ``name``, in one step for any reader.  Where that cannot be, log it at debug level and go on."""
+def store(where: Path | None, name: str, blob: bytes) -> bool:
+    """Store ``blob`` under ``name``, in one step for any reader.  Where that cannot be, log it at debug level and go on.
+
+    Returns:
+        Whether it is stored.
+    """
     if where is None:
-        return
+        return False
     path = _path(where, name)
     try:
         where.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomically(path, _MAGIC + hashlib.sha256(blob).digest() + blob)
+        write_atomically(path, _MAGIC + _digest(name, blob) + blob)
     except OSError as error:
         _log.debug("cannot store the compiled network %s: %s", path, error)
+        return False
+    return True
+
+
+def _digest(name: str, blob: bytes) -> bytes:
+    digest = hashlib.sha256(name.encode())
+    digest.update(blob)
+    return digest.digest()
 
 
 def _path(where: Path, name: str) -> Path:
