@@ -233,10 +233,11 @@ def _compile_engines(options: argparse.Namespace) -> int:
     from advrad_fast.backends import tensorrt_engine as engines
     from advrad_fast.model import ModelFile
 
-    precision, folder = options.precision or "fp16", cache.folder(options.out)
+    given, folder = options.precision or "fp16", cache.folder(options.out)
     for target in options.target:  # before anything takes long
-        precision = engines.check_precision(precision, engines.check_target(target))
+        engines.check_precision(given, engines.check_target(target))
         engines.choose(target)
+    precision = engines.check_precision(given, options.target[0])
     model, ranges = ModelFile.load(options.model), None
     if precision in ("int8", "fp8"):
         ranges = calibration.load_ranges(folder, model.config, model.weights) if not options.calibration else None
