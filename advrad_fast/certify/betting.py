@@ -2,9 +2,10 @@
 
 A gambler doubts that P[vote] is as low as p.  At odds that are fair for p he stakes the fraction u of what he has on every
 vote: a vote multiplies it by 1 + u (1 - p) / p, its absence by 1 - u.  While P[vote] <= p this is a non-negative
-supermartingale from 1, so that it ever gets to 1 / alpha has at most probability alpha (Ville): whoever rejects then errs with at
-most alpha, however often he looks.  That is the likelihood ratio of q = p + u (1 - p) against p.  As the right u depends on the unknown P[vote], the stake is
-spread over :data:`FRACTIONS`, fixed beforehand: the mean of their fortunes is a supermartingale too.
+supermartingale from 1, so that it ever gets to 1 / alpha has at most probability alpha (Ville): whoever rejects then errs
+with at most alpha, however often he looks.  That is the likelihood ratio of q = p + u (1 - p) against p.  As the right u
+depends on the unknown P[vote], the stake is spread over :data:`FRACTIONS`, fixed beforehand: the mean of their fortunes is a
+supermartingale too.
 
 All alternatives lie on the side that is tested; a mixture over all of [0, 1] (Krichevsky and Trofimov's) wastes what it puts
 on the other, which is most of it where p is near 1.  A fortune falls as p rises, so the p that are rejected form an interval from

@@ -9,8 +9,8 @@ variation whatever x and the detector are, and no event's probability differs by
    1/2 + d.
 
 So the radius is sigma (Phi^-1(p_lower - d) - Phi^-1(1/2 + d)), and the decision holds under G and under Q.  d is 1e-10 for a
-256 x 256 RGB image at sigma 0.25, and takes 1e-9 off the radius at p_lower 0.99.  What is left is that the words of the Philox stream are
-taken for independent uniform bits.
+256 x 256 RGB image at sigma 0.25, and takes 1e-9 off the radius at p_lower 0.99.  What is left is that the words of the Philox
+stream are taken for independent uniform bits.
 """
 
 from __future__ import annotations
