@@ -10,8 +10,8 @@ import pytest
 from models import small_model
 from PIL import Image
 
-from advrad_fast import cli
 from advrad_fast.bench.timing import Timing, row
+from advrad_fast.cli import inspection
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -34,5 +34,5 @@ def promised(command: str) -> list[str]:
 
 
 def test_promised_keys() -> None:
-    assert promised("inspect") == list(cli._INSPECT_KEYS)
+    assert promised("inspect") == list(inspection.INSPECT_KEYS)
     assert promised("bench") == [*row("x", (), 1, "cpu", "fp32", Timing(1, 1, 1, 1)), "details"]

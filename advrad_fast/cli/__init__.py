@@ -1,0 +1,58 @@
+"""``advrad-fast``: one file a command.
+
+Logs and progress go to standard error.  Exit codes: 0 fine, 1 a defect was found (or a part could not be judged), 2 something
+could not be done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from advrad_fast import __version__
+from advrad_fast.cli import backends, bench, compilation, demo, evaluation, inspection, train
+from advrad_fast.cli.common import FAILED, FOUND, OK, say
+from advrad_fast.errors import AdvRADError
+
+__all__ = ["FAILED", "FOUND", "OK", "main"]
+
+COMMANDS = (train, inspection, evaluation, compilation, bench, backends, demo)  #: in the order of ``--help``
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return run(options)
+    except AdvRADError as error:
+        say(f"advrad-fast: {error}")
+    except ModuleNotFoundError as error:
+        extras = {"torch": "[train]", "tqdm": "[train]", "triton": "[compile]"}
+        wanted = f"advrad-fast{extras.get((error.name or '').split('.')[0], '')}"
+        say(f"advrad-fast: {error.name} is not installed; needed here: pip install '{wanted}'")
+    except OSError as error:
+        say(f"advrad-fast: {error}")
+    except KeyboardInterrupt:
+        say("advrad-fast: interrupted")
+    return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="advrad-fast", description="Adversarially robust industrial anomaly detection.")
+    parser.add_argument("--version", action="version", version=f"advrad-fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
+        sub.set_defaults(run=run)
+        return sub
+
+    for module in COMMANDS:
+        module.add(command)
+    return parser

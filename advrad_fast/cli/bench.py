@@ -1,0 +1,58 @@
+"""``advrad-fast bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from advrad_fast.cli.common import OK, Adder, output, say
+from advrad_fast.errors import ConfigError, expected
+
+
+def add(command: Adder) -> None:
+    """Add the command."""
+    parser = command(
+        "bench", _bench, "Measure this machine's CPU path against PyTorch and the machine's own peaks (needs PyTorch)."
+    )
+    parser.add_argument("model", type=Path, nargs="?", help="a model file (default: the demo's)")
+    parser.add_argument("--frames", type=Path, help="images that the model is for (default: drawn frames)")
+    parser.add_argument(
+        "--parts", default="operations,network,inspect,votes", help="of operations, network, inspect, votes, paper-like"
+    )
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each set of contestants (default 4)")
+    parser.add_argument("--threads", type=int, help="of the operations and the engine (default: the machine's)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes a minute a network")
+    parser.add_argument("--json", metavar="FILE", help="write a row a line; - for standard output")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from importlib.resources import as_file, files
+
+    from advrad_fast import bench
+
+    parts = tuple(options.parts.split(","))
+    if unknown := sorted(set(parts) - set(bench.PARTS)):
+        raise ConfigError(expected("--parts", f"a list of {list(bench.PARTS)}", unknown))
+    if not 0.0 <= options.seconds <= 3600.0:
+        raise ConfigError(expected("--seconds", "a number in [0, 3600]", options.seconds))
+    rows = []
+    with as_file(files("advrad_fast") / "data" / "elpv-mono.safetensors") as demo, output(options.json) as file:
+        for row in bench.run(
+            options.model or demo,
+            frames=options.frames,
+            parts=parts,
+            seconds=options.seconds,
+            threads=options.threads,
+            compile_torch=not options.no_compile,
+        ):
+            rows.append(row)
+            say(f"{row['name']}, batch {row['batch']}, {row['precision']}: {row['p50_ms']:.3g} ms")
+            if file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+    if options.json != "-" and rows:
+        sys.stdout.write(f"{rows[0]['machine']}; commit {rows[0]['commit']}; {json.dumps(rows[0]['details']['peaks'])}\n")
+        sys.stdout.write(bench.table(rows) + "\n")
+    return OK

@@ -1,0 +1,57 @@
+"""What the commands share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+OK, FOUND, FAILED = 0, 1, 2  #: exit codes: fine, a part is not OK, something could not be done
+
+
+class Adder(Protocol):
+    """Adds a command to the parser."""
+
+    def __call__(self, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        """``run`` gets the parsed options and returns the exit code; ``text`` is its help."""
+
+
+def say(line: str) -> None:
+    """A line on standard error."""
+    sys.stderr.write(line + "\n")
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """The model file, and how to run it."""
+    parser.add_argument("model", type=Path, help="the model file")
+    parser.add_argument("--backend", default="auto", help="auto, cpu, cuda or reference")
+    parser.add_argument("--precision", help="of the cpu backend: auto, fp32, bf16, or int8 (see compile)")
+    parser.add_argument("--threads", type=int, help="CPU threads of the engine")
+    parser.add_argument("--cache", type=Path, help="folder for compiled engines (default: the platform's cache folder)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+
+
+def load_detector(options: argparse.Namespace) -> Any:
+    """The detector that :func:`model_options` describe."""
+    from advrad_fast.detector import Detector
+
+    extra = {"precision": options.precision, "threads": options.threads, "cache_dir": options.cache}
+    return Detector.load(
+        options.model, backend=options.backend, seed=options.seed, **{k: v for k, v in extra.items() if v is not None}
+    )
+
+
+@contextmanager
+def output(target: str | None) -> Iterator[TextIO | None]:
+    """A text file for writing, standard output for ``-``, or None."""
+    if target is None:
+        yield None
+    elif target == "-":
+        yield sys.stdout
+        sys.stdout.flush()
+    else:
+        with Path(target).open("w", encoding="utf-8", newline="") as file:
+            yield file
