@@ -6,8 +6,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from advrad_fast.cli.common import OK, Adder, load_detector, model_options, output
+from advrad_fast.cli.common import OK, Adder, load_detector, model_options, output, say
+from advrad_fast.errors import ConfigError, expected
 
 
 def add(command: Adder) -> None:
@@ -16,19 +18,59 @@ def add(command: Adder) -> None:
     model_options(parser)
     parser.add_argument("data", type=Path, help="the dataset's folder")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
+    parser.add_argument("--certified", action="store_true", help="also the certified AUROC; takes --votes draws of every image")
+    parser.add_argument("--sigma", type=float, help="with --certified: noise level (default: the model's smallest)")
+    parser.add_argument("--votes", type=int, default=1000, help="with --certified: draws of every image (default 1000)")
+    parser.add_argument("--radii", type=float, nargs="+", help="with --certified (default 0.05 0.1 0.2 0.5)")
+    parser.add_argument("--alpha", type=float, default=0.001, help="with --certified: of each image's statement (default 0.001)")
+    parser.add_argument("--scores", type=Path, metavar="FILE", help="with --certified: keep the draws here, and go on from there")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="with --certified: the curve over all radii")
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     from advrad_fast.evaluation.datasets import load_dataset
     from advrad_fast.evaluation.evaluate import evaluate, table
 
+    given = [name for name in ("sigma", "radii", "scores", "plot") if getattr(options, name) is not None]
+    if given and not options.certified:
+        raise ConfigError(expected(f"--{given[0]}", "--certified with it", "none"))
+    if options.plot is not None and options.plot.suffix != ".svg":
+        raise ConfigError(expected("--plot", "a file name that ends in .svg", str(options.plot)))
     dataset = load_dataset(options.data)
     detector = load_detector(options)
     evaluation = evaluate(detector, dataset, seed=options.seed)
-    figures = {"model": str(options.model), **evaluation.figures}
+    certified, lines = _certified(options, detector, dataset) if options.certified else ({}, "")
+    figures = {"model": str(options.model), **evaluation.figures, **certified}
     with output(options.json) as file:
         if file:
             file.write(json.dumps(figures) + "\n")
     if options.json != "-":
-        sys.stdout.write(table(evaluation) + "\n")
+        sys.stdout.write(table(evaluation) + "\n" + lines)
     return OK
+
+
+def _certified(options: argparse.Namespace, detector: Any, dataset: Any) -> tuple[dict[str, Any], str]:
+    """The certified figures, and their lines of text."""
+    from advrad_fast.evaluation import certified
+
+    def show(done: int, images: int) -> None:
+        if sys.stderr.isatty() or done == images:
+            sys.stderr.write(f"\r{done}/{images} images, {options.votes} draws each" + ("\n" if done == images else ""))
+
+    found = certified.draw_scores(
+        detector,
+        dataset,
+        draws=options.votes,
+        sigma=options.sigma,
+        seed=options.seed,
+        file=options.scores,
+        on_image=show,
+    )
+    figures = certified.figures(found, options.radii or certified.RADII, options.alpha)
+    if options.plot is not None:
+        title = f"{dataset.name}, sigma {found.sigma:g}, {options.votes} draws, alpha {options.alpha:g} an image"
+        options.plot.write_text(certified.curve_svg(*found.curve(options.alpha), title), encoding="utf-8")
+        say(f"wrote {options.plot}")
+    head = f"  certified AUROC, sigma {found.sigma:g}, {options.votes} draws, alpha {options.alpha:g} an image\n"
+    rows = [f"    radius {radius:8s} {100 * value:.2f}\n" for radius, value in figures["certified_auroc"].items()]
+    return figures, head + "".join(rows)
