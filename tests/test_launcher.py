@@ -408,6 +408,22 @@ def test_closing_twice_and_use_after_closing(driver: FakeDriver) -> None:
         gpu.push()
 
 
+def test_closing_leaves_the_stack_of_contexts(driver: FakeDriver) -> None:
+    """Whoever closes it, and whatever is current there."""
+    gpus = [open_gpu() for _ in range(3)]
+    gpus.pop().close()
+    assert driver.contexts.stack == []
+    mine = gpus[0].cuda.Device(0).make_context()
+    gpus.pop().close()
+    assert [context.handle for context in driver.contexts.stack] == [mine.handle]
+    mine.pop()
+    mine.detach()
+    thread = threading.Thread(target=gpus.pop().close)
+    thread.start()
+    thread.join()
+    assert driver.contexts.stack == driver.contexts.retained() == []
+
+
 def test_no_pycuda(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}", name="pycuda")
