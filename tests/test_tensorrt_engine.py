@@ -94,7 +94,7 @@ def test_importing_loads_no_library() -> None:
 def test_build(fake: FakeTensorRT, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         blob = make(fake)
-    assert blob == f"engine {fake.version} 1,3,16,24;16,3,16,24".encode()
+    assert blob.startswith(f"engine {fake.version} 1,3,16,24;16,3,16,24 ".encode())
     assert f"{fake.name}: a warning" in caplog.text
     shapes = [(1, 3, 16, 24), (16, 3, 16, 24)]
     assert fake.named("set_shape") == [("set_shape", "x", shape, shape, shape) for shape in shapes]

@@ -14,8 +14,8 @@ from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import ConfigError, ImageError, InferenceError, ModelFileError, expected
 from advrad_fast.philox import check_seed
 
-Precision = Literal["auto", "fp32", "bf16", "int8"]
-PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16", "int8")
+Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "fp8"]
+PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "fp16", "bf16", "int8", "fp8")
 
 MAX_THREADS = 1024
 
@@ -29,7 +29,8 @@ class Scores:
     Attributes:
         scores: float32 (N,), finite.
         maps: float32 (N, H, W), finite, or None where none were asked for.  A score is its map's maximum.
-        timings: milliseconds over all N images spent on ``noise``, ``network`` and ``error``.
+        timings: milliseconds over all N images spent on ``noise``, ``network`` and ``error``, or on ``device`` where a GPU
+            does all of them in one piece.
     """
 
     scores: Array
@@ -46,7 +47,7 @@ class Backend(Protocol):
 
     @property
     def precision(self) -> str:
-        """What the network computes in: ``fp32``, ``bf16`` or ``int8``."""
+        """What the network computes in: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``."""
 
     def score(self, images: NDArray[np.uint8], *, seed: int, want_maps: bool) -> Scores:
         """Score images.  An image's result depends on it and on ``seed``, never on its neighbours.
@@ -80,12 +81,10 @@ class BackendStatus:
 
 @dataclass(frozen=True)
 class Frame:
-    """One image's result, before it is checked: its score, and the milliseconds of the three steps."""
+    """One image's result, before it is checked: its score, and the milliseconds of each of the backend's steps."""
 
     score: float
-    noise: float
-    network: float
-    error: float
+    timings: dict[str, float]
 
 
 class FrameBackend(ABC):
@@ -93,6 +92,7 @@ class FrameBackend(ABC):
 
     name: str
     precision: str
+    steps: tuple[str, ...] = ("noise", "network", "error")
 
     def __init__(self, config: DetectorConfig, mu: Array, inverse_spread: Array) -> None:
         size = (config.image.height, config.image.width)
@@ -115,7 +115,7 @@ class FrameBackend(ABC):
             raise ImageError(f"images: expected uint8 (N, {', '.join(map(str, shape))}), got {got}")
         scores = np.empty(len(images), dtype=np.float32)
         maps = np.empty((len(images), *shape[:2]), dtype=np.float32) if want_maps else None
-        timings = dict.fromkeys(("noise", "network", "error"), 0.0)
+        timings = dict.fromkeys(self.steps, 0.0)
         for i in range(len(images)):
             only = None if maps is None else maps[i : i + 1]
             frame = self._frame(np.ascontiguousarray(images[i : i + 1]), seed, only)
@@ -125,7 +125,7 @@ class FrameBackend(ABC):
             if only is not None and not np.isfinite(only).all():
                 raise InferenceError(f"images[{i}]: expected a finite anomaly map, got {only.size} values with NaN or infinity")
             for name in timings:
-                timings[name] += getattr(frame, name)
+                timings[name] += frame.timings[name]
         return Scores(scores, maps, timings)
 
 
@@ -138,10 +138,10 @@ def check_threads(threads: object) -> int | None:
     return int(threads)
 
 
-def check_precision(precision: Any) -> Precision:
-    """``precision`` as one of PRECISIONS, or a ConfigError."""
-    if precision not in PRECISIONS:
-        raise ConfigError(expected("precision", f"one of {list(PRECISIONS)}", precision))
+def check_precision(precision: Any, known: tuple[str, ...] = PRECISIONS, whose: str = "") -> Precision:
+    """``precision`` as one of ``known``, or a ConfigError; ``whose``: said in it."""
+    if precision not in known:
+        raise ConfigError(expected("precision", f"one of {list(known)}{whose}", precision))
     return precision  # type: ignore[no-any-return]
 
 
