@@ -5,24 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
-from advrad_fast.cli.common import OK, Adder, load_detector, model_options, output
+from advrad_fast.cli.common import OK, Adder, data_options, load_data, load_detector, model_options, output
 
 
 def add(command: Adder) -> None:
     """Add the command."""
-    parser = command("evaluate", _evaluate, "Measure a detector on a labelled test set in MVTec AD layout.")
+    parser = command("evaluate", _evaluate, "Measure a detector on a labelled test set.")
     model_options(parser)
-    parser.add_argument("data", type=Path, help="the dataset's folder")
+    data_options(parser, "the dataset's folder")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from advrad_fast.evaluation.datasets import load_dataset
     from advrad_fast.evaluation.evaluate import evaluate, table
 
-    dataset = load_dataset(options.data)
+    dataset = load_data(options)
     detector = load_detector(options)
     evaluation = evaluate(detector, dataset, seed=options.seed)
     figures = {"model": str(options.model), **evaluation.figures}
