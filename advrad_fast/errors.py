@@ -12,6 +12,7 @@
     ├── KernelFileError         (ValueError)    a folder of compiled kernels is damaged, foreign or inconsistent
     ├── CalibrationError        (ValueError)    too few normal scores for the promise asked for
     ├── DatasetError            (ValueError)    a folder does not hold what its layout needs
+    ├── ReportError             (ValueError)    a report's folder holds a file that is not a report's data
     ├── TrainingError           (RuntimeError)  training cannot start, go on or resume
     ├── BackendUnavailableError (RuntimeError)  no usable backend; the message has each one's reason
     └── InferenceError          (RuntimeError)  the engine failed, or returned something not finite
@@ -60,6 +61,10 @@ class CalibrationError(AdvRADError, ValueError):
 
 class DatasetError(AdvRADError, ValueError):
     """A folder does not hold what its layout needs."""
+
+
+class ReportError(AdvRADError, ValueError):
+    """A report's folder holds a file that is not a report's data, or not of this version."""
 
 
 class TrainingError(AdvRADError, RuntimeError):

@@ -55,3 +55,33 @@ def output(target: str | None) -> Iterator[TextIO | None]:
     else:
         with Path(target).open("w", encoding="utf-8", newline="") as file:
             yield file
+
+
+class Progress:
+    """``12/83 images`` on standard error: one line that counts on a terminal, a line every ten per cent elsewhere.
+
+    Args:
+        total: steps there will be.
+        what: is counted, in the plural.
+    """
+
+    def __init__(self, total: int, what: str) -> None:
+        self._total, self._what, self._done, self._shown = total, what, 0, 0
+        self._live = sys.stderr.isatty()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live and self._done:
+            say("")
+
+    def step(self) -> None:
+        """One more is done."""
+        self._done += 1
+        if self._live:
+            sys.stderr.write(f"\r{self._done}/{self._total} {self._what}")
+            sys.stderr.flush()
+        elif self._done - self._shown >= max(self._total // 10, 20) or self._done == self._total:
+            self._shown = self._done
+            say(f"{self._done}/{self._total} {self._what}")

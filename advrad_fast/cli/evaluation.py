@@ -6,8 +6,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from advrad_fast.cli.common import OK, Adder, load_detector, model_options, output
+from advrad_fast.cli.common import OK, Adder, Progress, load_detector, model_options, output, say
 
 
 def add(command: Adder) -> None:
@@ -16,6 +17,12 @@ def add(command: Adder) -> None:
     model_options(parser)
     parser.add_argument("data", type=Path, help="the dataset's folder")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FOLDER",
+        help="write a page, FOLDER/index.html; other categories evaluated into it are kept",
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -24,11 +31,22 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     dataset = load_dataset(options.data)
     detector = load_detector(options)
-    evaluation = evaluate(detector, dataset, seed=options.seed)
+    results: list[Any] = []
+    with Progress(len(dataset.test), "images") as progress:
+
+        def note(sample: object, result: object) -> None:
+            results.append(result)
+            progress.step()
+
+        evaluation = evaluate(detector, dataset, seed=options.seed, on_sample=note)
     figures = {"model": str(options.model), **evaluation.figures}
     with output(options.json) as file:
         if file:
             file.write(json.dumps(figures) + "\n")
     if options.json != "-":
         sys.stdout.write(table(evaluation) + "\n")
+    if options.report is not None:
+        from advrad_fast.evaluation import report
+
+        say(f"wrote {report.write(options.report, report.collect(evaluation, results, detector, options.model))}")
     return OK
