@@ -14,6 +14,7 @@
     ├── DatasetError            (ValueError)    a folder does not hold what its layout needs
     ├── ReportError             (ValueError)    a report's folder holds a file that is not a report's data
     ├── TrainingError           (RuntimeError)  training cannot start, go on or resume
+    ├── SpreadError             (RuntimeError)  a cluster can't be used, or its workers died
     ├── BackendUnavailableError (RuntimeError)  no usable backend; the message has each one's reason
     └── InferenceError          (RuntimeError)  the engine failed, or returned something not finite
 """
@@ -69,6 +70,10 @@ class ReportError(AdvRADError, ValueError):
 
 class TrainingError(AdvRADError, RuntimeError):
     """Training cannot start, go on or resume."""
+
+
+class SpreadError(AdvRADError, RuntimeError):
+    """A cluster can't be reached, or a task has killed all the workers that tried it."""
 
 
 class BackendUnavailableError(AdvRADError, RuntimeError):

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -36,12 +37,21 @@ def model_options(parser: argparse.ArgumentParser) -> None:
 
 def load_detector(options: argparse.Namespace) -> Any:
     """The detector that :func:`model_options` describe."""
+    return detector_maker(options)()
+
+
+def detector_maker(options: argparse.Namespace) -> Callable[[], Any]:
+    """A function that makes the detector, here or, once it has been sent there, on another machine: it holds the whole model.
+
+    Raises:
+        ModelFileError: the model file is damaged, foreign or inconsistent.
+    """
     from advrad_fast.detector import Detector
+    from advrad_fast.model import ModelFile
 
     extra = {"precision": options.precision, "threads": options.threads, "cache_dir": options.cache}
-    return Detector.load(
-        options.model, backend=options.backend, seed=options.seed, **{k: v for k, v in extra.items() if v is not None}
-    )
+    given = {key: value for key, value in extra.items() if value is not None}
+    return partial(Detector, ModelFile.load(options.model), backend=options.backend, seed=options.seed, **given)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from advrad_fast.cli.common import OK, Adder, Progress, load_detector, model_options, output, say
+from advrad_fast.cli.common import OK, Adder, Progress, detector_maker, model_options, output, say
 
 
 def add(command: Adder) -> None:
@@ -23,6 +23,7 @@ def add(command: Adder) -> None:
         metavar="FOLDER",
         help="write a page, FOLDER/index.html; other categories evaluated into it are kept",
     )
+    parser.add_argument("--ray", metavar="ADDRESS", help="spread the images over a Ray cluster: auto, HOST:PORT, or local")
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -30,15 +31,16 @@ def _evaluate(options: argparse.Namespace) -> int:
     from advrad_fast.evaluation.evaluate import evaluate, table
 
     dataset = load_dataset(options.data)
-    detector = load_detector(options)
-    results: list[Any] = []
+    setup = detector_maker(options)
+    detector = setup()
+    results: dict[Any, Any] = {}
     with Progress(len(dataset.test), "images") as progress:
 
-        def note(sample: object, result: object) -> None:
-            results.append(result)
+        def note(sample: Any, result: object) -> None:
+            results[sample.path] = result
             progress.step()
 
-        evaluation = evaluate(detector, dataset, seed=options.seed, on_sample=note)
+        evaluation = evaluate(detector, dataset, seed=options.seed, on_sample=note, ray=options.ray, setup=setup)
     figures = {"model": str(options.model), **evaluation.figures}
     with output(options.json) as file:
         if file:
@@ -48,5 +50,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.report is not None:
         from advrad_fast.evaluation import report
 
-        say(f"wrote {report.write(options.report, report.collect(evaluation, results, detector, options.model))}")
+        ordered = [results[sample.path] for sample in evaluation.samples]
+        say(f"wrote {report.write(options.report, report.collect(evaluation, ordered, detector, options.model))}")
     return OK
