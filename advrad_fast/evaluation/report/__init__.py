@@ -10,11 +10,11 @@ import os
 import time
 from pathlib import Path
 
-from advrad_fast.evaluation.report.data import Category, collect, load, save
+from advrad_fast.evaluation.report.data import Category, choose, collect, load, save
 from advrad_fast.evaluation.report.page import page
 from advrad_fast.files import write_atomically
 
-__all__ = ["Category", "collect", "write"]
+__all__ = ["Category", "choose", "collect", "write"]
 
 
 def write(
