@@ -29,7 +29,7 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     """The model file, and how to run it."""
     parser.add_argument("model", type=Path, help="the model file")
     parser.add_argument("--backend", default="auto", help="auto, cpu, cuda or reference")
-    parser.add_argument("--precision", help="of the cpu backend: auto, fp32, bf16, or int8 (see compile)")
+    parser.add_argument("--precision", help="auto, fp32, bf16, int8 (see compile); fp16 and fp8 on GPUs")
     parser.add_argument("--threads", type=int, help="CPU threads of the engine")
     parser.add_argument("--cache", type=Path, help="folder for compiled engines (default: the platform's cache folder)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
