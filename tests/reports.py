@@ -9,7 +9,8 @@ from parts import disc, scratched
 from PIL import Image
 
 from advrad_fast.evaluation import metrics
-from advrad_fast.evaluation.report.data import Category, Check, Scored, Shown, View, embed
+from advrad_fast.evaluation.report.data import Category, Check, Scored, Shown, View
+from advrad_fast.evaluation.report.markup import embed
 
 HOSTILE = "<script>document.title='owned'</script>\"'><img src=x onerror=alert(1)>.png"
 BUDGETS = ("linf 1/255", "linf 2/255", "l2 0.2")

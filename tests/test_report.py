@@ -13,18 +13,22 @@ import numpy as np
 import pytest
 from models import small_model
 from parts import dataset
+from pictures import POSE
+from PIL import Image
 from reports import BUDGETS, HOSTILE, category
 
 from advrad_fast import Detector
 from advrad_fast.cli import main
+from advrad_fast.config import PoseConfig
 from advrad_fast.errors import ReportError
 from advrad_fast.evaluation import report
 from advrad_fast.evaluation.datasets import load_dataset
-from advrad_fast.evaluation.evaluate import evaluate
+from advrad_fast.evaluation.evaluate import Evaluation, evaluate, sample_name
 from advrad_fast.evaluation.report.charts import Line, chart
-from advrad_fast.evaluation.report.data import budget_size, budgets, choose, load
+from advrad_fast.evaluation.report.data import budget_size, budgets, load
 from advrad_fast.evaluation.report.markup import tag
 from advrad_fast.evaluation.report.page import PAPER, page, percent
+from advrad_fast.evaluation.rows import AttackRow, RobustSummary, robust_figures
 
 
 def text_of(html: bytes) -> str:
@@ -169,7 +173,7 @@ def test_collected_figures_are_those_of_the_evaluation(tmp_path: Path) -> None:
     scores = {s.name: s.score for s in made.samples}
     assert all(shown.views[0].score == scores[shown.name] for shown in made.shown)  # the same seed
     assert made.latency["total"][0] <= made.latency["total"][1]
-    order = [scores[made.samples[i].name] for i in choose(evaluation, 3)[:3]]
+    order = [scores[made.samples[i].name] for i in report.choose(evaluation, 3)[:3]]
     bad = sorted((s.score for s in made.samples if s.label == 1), reverse=True)
     assert order == [bad[0], bad[4], bad[8]]  # the highest, the middle and the lowest
 
@@ -185,3 +189,82 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     html = (out / "index.html").read_bytes()
     assert f"Image AUROC {percent(figures['image_auroc'])}" in " ".join(text_of(html).split())
     assert html.count(b'<figure class="card') == 10
+
+
+def attacked(evaluation: Evaluation, folder: Path, shape: tuple[int, int], files: bool = True) -> report.Attack:
+    """Rows of an attack on two good and two bad images that moves every score by 0.1 and turns the images grey."""
+    rows = []
+    chosen = [i for label in (0, 1) for i, s in enumerate(evaluation.samples) if s.label == label][1:3]
+    chosen += [i for i, s in enumerate(evaluation.samples) if s.label == 1][:2]
+    for i in chosen:
+        sample, score = evaluation.samples[i], float(evaluation.scores[i])
+        for attack, budget, shift in (("clean", "none", 0.0), ("pgd", "linf 2/255", 0.1), ("square", "linf 2/255", 0.05)):
+            name = f"{i}-{attack}.png"
+            Image.fromarray(np.full((*shape, 3), 128, np.uint8)).save(folder / name)
+            rows.append(
+                AttackRow(
+                    run="00",
+                    model="small",
+                    data="discs",
+                    image=sample_name(sample.path),
+                    label=sample.label,
+                    defect=sample.defect,
+                    budget=budget,
+                    attack=attack,
+                    surface="prepared",
+                    outcome="OK",
+                    score=score + shift * (1 - 2 * sample.label),
+                    score_float=None,
+                    threshold=1.0,
+                    linf=0.0,
+                    l2=0.0,
+                    steps=1,
+                    eot=1,
+                    restarts=1,
+                    seed=0,
+                    seconds=0.0,
+                    file=None if attack == "clean" or not files else name,
+                )
+            )
+    figures = robust_figures(rows)
+    sanity = [{"rule": "more steps", "budget": "linf 2/255", "holds": False, "value": 0.75, "limit": 0.5}]
+    common: dict[str, Any] = {"model": "small", "fingerprint": "0", "run": "00", "data": "discs", "threshold": 1.0, "seed": 0}
+    settings = {"steps": 1, "attacks": ["pgd", "square"]}
+    summary = RobustSummary(**common, **figures, sanity=sanity, settings=settings, versions={"torch": "2"})
+    return report.Attack(rows, summary, folder)
+
+
+@pytest.mark.parametrize("pose", [None, POSE])
+def test_an_attack_is_shown_beside_the_clean_images(tmp_path: Path, pose: PoseConfig | None) -> None:
+    data = dataset(tmp_path / "discs", train=1, good=4, bad=4, size=48)
+    detector = Detector(small_model(), backend="reference")
+    results: list[Any] = []
+    evaluation = evaluate(detector, load_dataset(data), on_sample=lambda _, result: results.append(result))
+    attack = attacked(evaluation, tmp_path, (32, 32))
+    if pose:  # grey all over: the camera's frame would have no part in it, but this one is prepared already
+        detector = Detector(small_model(pose=pose), backend="reference")
+    made = report.collect(evaluation, results, detector, "small.safetensors", attack=attack)
+    assert made.figures["robust_auroc"] == attack.summary.robust_auroc
+    by_name = {s.name: s for s in made.samples}
+    for row in attack.rows:
+        if row.attack == "pgd":
+            assert by_name[row.image].attacked == {"linf 2/255": row.score}
+    assert sum(bool(s.attacked) for s in made.samples) == 4
+    assert made.auroc("linf 2/255") == attack.summary.robust_auroc["linf 2/255"]
+    assert sorted(s.name for s in made.shown) == sorted({row.image for row in attack.rows})
+    assert [[v.title for v in s.views] for s in made.shown] == [["clean", "linf 2/255, pgd"]] * 4
+    assert all(s.views[1].score is not None for s in made.shown)
+    assert [(c.rule, c.passed, c.detail) for c in made.checks] == [("more steps, linf 2/255", False, "0.75 against 0.5")]
+    assert made.settings["Attack"]["attacks"] == "['pgd', 'square']"
+    target = report.write(tmp_path / "out", made)
+    assert load(tmp_path / "out") == [made]
+    assert "violated" in text_of(target.read_bytes())
+
+
+def test_an_attack_without_pictures(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "discs", train=1, good=4, bad=4, size=48)
+    detector = Detector(small_model(), backend="reference")
+    results: list[Any] = []
+    evaluation = evaluate(detector, load_dataset(data), on_sample=lambda _, result: results.append(result))
+    made = report.collect(evaluation, results, detector, "m", attack=attacked(evaluation, tmp_path, (32, 32), files=False))
+    assert [len(s.views) for s in made.shown] == [1] * 4

@@ -10,11 +10,12 @@ import os
 import time
 from pathlib import Path
 
-from advrad_fast.evaluation.report.data import Category, choose, collect, load, save
+from advrad_fast.evaluation.report.collect import Attack, choose, collect
+from advrad_fast.evaluation.report.data import Category, load, save
 from advrad_fast.evaluation.report.page import page
 from advrad_fast.files import write_atomically
 
-__all__ = ["Category", "choose", "collect", "write"]
+__all__ = ["Attack", "Category", "choose", "collect", "write"]
 
 
 def write(

@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import hashlib
-import io
 import json
 import math
-import os
-import platform
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-import advrad_fast
-from advrad_fast.backends.cpu import processor
-from advrad_fast.detector import Detector, Inspection
 from advrad_fast.errors import DatasetError, ReportError, expected
 from advrad_fast.evaluation import metrics
-from advrad_fast.evaluation.datasets import Sample
-from advrad_fast.evaluation.evaluate import Evaluation, sample_name
 from advrad_fast.files import write_atomically
-from advrad_fast.images import load_image
-from advrad_fast.overlay import overlay
 
 SCHEMA = 1  #: of the JSON files
 SUFFIX = ".report.json"
-SHOWN = 6  #: images of each label on the page
 
-_PICTURE_SIDE = 320  # pixels; frames on the page are made smaller than this
 _PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/]+=*")
-_STAGES = ("prepare", "noise", "network", "error", "total")
-_LIBRARIES = ("numpy", "scipy", "pillow", "openvino", "torch")
 
 Settings = dict[str, str | int | float | bool | None]
 
@@ -152,69 +134,6 @@ class Category:
         return sorted({s.defect for s in self.samples if s.label == 1})
 
 
-def collect(
-    evaluation: Evaluation,
-    results: Sequence[Inspection],
-    detector: Detector,
-    model: str | os.PathLike[str],
-    *,
-    shown: int = SHOWN,
-) -> Category:
-    """A category's data: its figures, every score, and pictures of a few images, whose maps are computed anew.
-
-    Args:
-        results: the inspection of each of ``evaluation.samples``, in their order.
-        detector: that was evaluated.
-        model: the file it was loaded from.
-        shown: images of each label to have pictures of, spread evenly over the ranks of the score.
-    """
-    samples = [
-        Scored(sample_name(s.path), s.label, s.defect, str(r.outcome), r.score)
-        for s, r in zip(evaluation.samples, results, strict=True)
-    ]
-    seed = evaluation.figures["seed"]
-    return Category(
-        figures={**evaluation.figures, "model": str(model)},
-        samples=samples,
-        shown=[picture(detector, evaluation.samples[i], seed) for i in choose(evaluation, shown)],
-        latency=_latency(results),
-        settings={"Model": _model_settings(detector), "Machine": _machine()},
-    )
-
-
-def choose(evaluation: Evaluation, count: int) -> list[int]:
-    """Indices of images to show, bad ones first: evenly spread over the ranks of each label's scores, so that misses and
-    false alarms show as well as hits."""
-    labels = np.array([s.label for s in evaluation.samples])
-    chosen: list[int] = []
-    for label in (1, 0):
-        order = [int(i) for i in np.argsort(-evaluation.scores, kind="stable") if labels[i] == label]
-        places = np.unique(np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int))
-        chosen += [order[p] for p in places]
-    return chosen
-
-
-def picture(detector: Detector, sample: Sample, seed: int) -> Shown:
-    """A test image and its heat map."""
-    return Shown(sample_name(sample.path), sample.label, sample.defect, [view(detector, load_image(sample.path), "clean", seed)])
-
-
-def view(detector: Detector, frame: NDArray[np.uint8], title: str, seed: int) -> View:
-    """A frame with its heat map."""
-    result = detector.inspect(frame, seed=seed)
-    plain = Image.fromarray(frame[..., 0] if frame.shape[2] == 1 else frame)
-    return View(title, embed(plain), embed(overlay(frame, result)), str(result.outcome), result.score)
-
-
-def embed(image: Image.Image) -> str:
-    """A picture as a data URI: JPEG, at most 320 pixels a side."""
-    small = image.convert("RGB")
-    small.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def save(folder: Path, category: Category) -> None:
     """Keep a category's data in a folder, in place of the same one's before.
 
@@ -227,13 +146,13 @@ def save(folder: Path, category: Category) -> None:
     write_atomically(folder / _file_name(category.name), text.encode("ascii"))
 
 
-def load(folder: str | os.PathLike[str]) -> list[Category]:
+def load(folder: Path) -> list[Category]:
     """The categories whose data are in a folder, by name.
 
     Raises:
         ReportError: a file is not a category's data.
     """
-    found = [_read(path) for path in sorted(Path(folder).glob(f"*{SUFFIX}"))]
+    found = [_read(path) for path in sorted(folder.glob(f"*{SUFFIX}"))]
     return sorted(found, key=lambda category: category.name)
 
 
@@ -280,39 +199,3 @@ def _read(path: Path) -> Category:
         return category
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, DatasetError) as error:
         raise ReportError(f"{path}: not a category's data; delete it, or evaluate that category again: {error}") from error
-
-
-def _latency(results: Sequence[Inspection]) -> dict[str, list[float]]:
-    """[median, 99th percentile] of the stages of those that have them: an inspection that ABSTAINs has the total only."""
-    times = defaultdict(list)
-    for result in results:
-        for stage in _STAGES:
-            if stage in result.timings:
-                times[stage].append(result.timings[stage])
-    return {stage: [round(float(q), 4) for q in np.percentile(times[stage], (50, 99))] for stage in _STAGES if stage in times}
-
-
-def _model_settings(detector: Detector) -> Settings:
-    model = detector.model
-    settings: Settings = {
-        "backend": detector.backend,
-        "image size": f"{model.config.image.height} x {model.config.image.width}, {model.config.image.channels} channels",
-        "timestep k": model.config.diffusion.timestep,
-        "filter s": model.config.score.filter_size,
-        "draws": model.config.diffusion.draws,
-        "parametrisation": model.config.unet.prediction,
-        "pose laid level": model.config.image.pose is not None,
-        "false-alarm rate": round(detector.false_alarm_rate, 6),
-        "fingerprint": model.fingerprint[:16],
-    }
-    return {**settings, **{f"provenance: {key}": value for key, value in model.provenance.items()}}
-
-
-def _machine() -> Settings:
-    versions: Settings = {"advrad_fast": advrad_fast.__version__, "Python": platform.python_version()}
-    for library in _LIBRARIES:
-        try:
-            versions[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-    return {**versions, "system": platform.platform(), "processor": processor(), "cores": os.cpu_count()}

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 from xml.etree import ElementTree
 
+from PIL import Image
+
 Node = ElementTree.Element
+
+_PICTURE_SIDE = 320  # pixels
 
 
 def tag(name: str, /, *children: Node | str | None, **attributes: object) -> Node:
@@ -29,6 +34,15 @@ def tag(name: str, /, *children: Node | str | None, **attributes: object) -> Nod
         elif child is not None:
             node.append(child)
     return node
+
+
+def embed(image: Image.Image) -> str:
+    """A picture as a data URI: JPEG, at most 320 pixels a side."""
+    small = image.convert("RGB")
+    small.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def document(title: str, body: Node, *, style: str, script: str) -> bytes:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from advrad_fast.evaluation import metrics
 from advrad_fast.evaluation.report.charts import COLOURS, Line, chart
-from advrad_fast.evaluation.report.data import Category, Settings, Shown, View, budget_size, budgets, embed
-from advrad_fast.evaluation.report.markup import Node, document, tag
+from advrad_fast.evaluation.report.data import Category, Settings, Shown, View, budget_size, budgets
+from advrad_fast.evaluation.report.markup import Node, document, embed, tag
 from advrad_fast.overlay import FULL_SCALE, legend
 
 
@@ -269,12 +269,21 @@ def _curves(categories: Sequence[Category]) -> Node:
             labels, scores = category.scores(budget)
             if 0 < labels.sum() < labels.size:
                 curve = metrics.roc_curve(labels, scores)
-                name = f"{budget or 'clean'}: {percent(category.auroc(budget))}"
+                part = "" if labels.size == len(category.samples) else f", of {labels.size} images"
+                name = f"{budget or 'clean'}: {percent(category.auroc(budget))}{part}"
                 lines.append(Line(name, _corners(curve.fpr, curve.tpr), number % COLOURS))
         drawing = chart(lines, x_label="false alarms, %", y_label="defects found, %", x_percent=True, chance=True)
         plots.append(tag("figure", tag("figcaption", f"{category.name}: ROC"), drawing))
     for norm in sorted({budget_size(name)[0] for name in budgets(categories, "robust_auroc")}):
-        found = [_along(category, "robust_auroc", norm, start=category.figures["image_auroc"]) for category in categories]
+        found = [
+            _along(
+                category,
+                "robust_auroc",
+                norm,
+                start=category.figures.get("attacked_clean_auroc", category.figures["image_auroc"]),
+            )
+            for category in categories
+        ]
         plots.append(_against(categories, found, f"AUROC against the {norm} budget", f"{norm} budget, of a pixel range of 1"))
     if budgets(categories, "certified_auroc"):
         found = [_along(category, "certified_auroc", "") for category in categories]
