@@ -56,5 +56,8 @@ def category(name: str = "screw", *, seed: int = 0, attacked: bool = True, count
         "model": f"{name}.safetensors",
     }
     checks = [Check("a larger budget never helps the defender", True, "92.1 >= 86.8"), Check("more steps", False, "86.8 < 90.0")]
-    settings: dict[str, Any] = {"Model": {"timestep k": 100, "pose laid level": False, "note": HOSTILE}, "Machine": {"cores": 2}}
+    settings: dict[str, Any] = {
+        "Model": {"timestep k": 100, "pose laid level": False, "note": HOSTILE},
+        "Machine": {"advrad_fast": "0.1.0", "cores": 2},
+    }
     return Category(figures, samples, shown, made.latency, checks if attacked else [], settings)

@@ -109,12 +109,13 @@ def test_means_say_what_they_are_over() -> None:
     assert f"Robust AUROC, linf 2/255 {percent(robust)} under attack; mean of 2 of 3 categories" in text
     assert f"robust AUROC, linf 2/255 MVTec AD, mean of 15 81.1 {percent(robust)} mean of 2 of 3 categories" in text
     assert "certified AUROC, l2 radius 0.2 MVTec AD, grid 98.2 81.00" in text
+    assert "The attack broke a sanity rule on screw, grid: the robust figures there are not to be trusted." in text
     assert "1.80 ms" in text and "violated more steps" in text.replace("screw", "")
 
 
 def test_a_page_of_clean_figures_has_nothing_of_attacks() -> None:
     text = text_of(page([category("cookie", attacked=False)]))
-    assert "Robust AUROC," not in text and "Sanity" not in text and "Certified" not in text
+    assert "Robust AUROC," not in text and "broke" not in text and "Sanity" not in text and "Certified" not in text
     assert "95 % interval" in text
 
 

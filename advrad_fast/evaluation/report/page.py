@@ -75,6 +75,7 @@ def page(
         tag(
             "main",
             tag("p", " · ".join(filter(None, (counts, created, f"advrad_fast {_version(categories)}"))), class_="note"),
+            _alarm(categories),
             _tiles(categories),
             _figures(categories),
             _paper(categories),
@@ -160,6 +161,15 @@ def _share(part: int, whole: int) -> Node:
     return _number(f"{part} of {whole}", part / whole if whole else 0.0)
 
 
+def _alarm(categories: Sequence[Category]) -> Node | None:
+    """Figures of an attack that broke a sanity rule must not be read without that."""
+    broken = [c.name for c in categories if not all(check.passed for check in c.checks)]
+    if not broken:
+        return None
+    text = f"The attack broke a sanity rule on {', '.join(broken)}: the robust figures there are not to be trusted."
+    return tag("p", text, class_="alarm", role="alert")
+
+
 def _over(categories: Sequence[Category], key: str, name: str | None = None) -> str:
     """What a mean is over: nothing to say if that is one category, and there is no other."""
     count = sum(_figure(c, key, name) is not None for c in categories)
@@ -230,10 +240,10 @@ def _figures(categories: Sequence[Category]) -> Node:
     if len(categories) > 1:
         first, *others = (mean(read(c) for c in categories) for _, read in columns)
         counts = [_count(sum(c.figures[key] for c in categories)) for key in ("n_good", "n_bad")]
-        foot = [tag("th", "mean of those measured", scope="row"), *counts, first, "", *others, "", "", ""]
+        foot = [tag("th", "mean", scope="row"), *counts, first, "", *others, "", "", ""]
     note = (
         "In percent. Intervals are over the draw of the images. F1max is at the threshold that is best for these labels, so it "
-        "is an upper bound."
+        "is an upper bound. A mean is over the categories that have the figure."
     )
     return _section("Figures", _table(heads, map(row, categories), label="Figures by category", foot=foot), note=note)
 
@@ -250,7 +260,7 @@ def _paper(categories: Sequence[Category]) -> Node:
         elif published.category is not None:
             same = [c for c in categories if c.name.lower() == published.category]
             own = _mean(same, published.figure, published.budget)
-        source = "printed in the paper" if published.printed else "third party's summary of the paper"
+        source = "printed in it" if published.printed else "a third party's summary"
         value = _number(published.value, float(published.value.rpartition(" ")[2]))
         rows.append([published.what, whose, value, own, where, source])
     heads = ["figure", "data", "paper", "here", "of", "source"]
@@ -415,14 +425,16 @@ def _samples(categories: Sequence[Category]) -> Node:
 
 
 def _settings(categories: Sequence[Category]) -> Node:
-    blocks = []
+    groups = []
     for c in categories:
         general: Settings = {key: c.figures[key] for key in ("model", "data", "seed", "threshold")}
+        blocks = []
         for title, values in ({"Run": general} | c.settings).items():
             items = [tag("tr", tag("th", key, scope="row"), tag("td", _text(value))) for key, value in values.items()]
             heading = title if len(categories) == 1 else f"{c.name}: {title.lower()}"
             blocks.append(tag("div", tag("h3", heading), tag("table", tag("tbody", *items), class_="pairs")))
-    return _section("Settings, seeds and versions", tag("div", *blocks, class_="settings"))
+        groups.append(tag("div", *blocks, class_="settings"))
+    return _section("Settings, seeds and versions", *groups)
 
 
 def _text(value: object) -> str:
