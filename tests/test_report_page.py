@@ -172,6 +172,18 @@ def test_text_can_be_read_in_light_and_dark(browser: Any, dark: bool) -> None:
     set_dark(browser, False)
 
 
+def test_a_dark_screen_prints_on_white_and_within_the_page(browser: Any) -> None:
+    set_dark(browser, True)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    set_width(browser, 718)  # A4 between Chromium's own margins
+    browser.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.execute_script("return getComputedStyle(document.querySelector('h1')).color") == "rgb(28, 36, 48)"
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    set_dark(browser, False)
+
+
 def test_all_is_printed(browser: Any) -> None:
     """The list of all images is folded on the screen, and open on paper."""
     assert not browser.execute_script("return document.querySelector('details').open")
