@@ -58,7 +58,7 @@ class Inspection:
             if not asked for.
         mask: bool (H, W), where the map is above the threshold; None if no map was asked for.
         backend: which backend computed it.
-        timings: milliseconds a stage: prepare, noise, network, error, total.
+        timings: milliseconds a stage: prepare, noise, network, error, total; ``device`` for the middle three on a GPU.
         error: why there is no score (ABSTAIN, ERROR).
     """
 

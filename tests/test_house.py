@@ -43,6 +43,7 @@ HOMES = {
     "nncf": ("backends",),
     "tensorrt": ("backends", "cli"),
     "tensorrt_rtx": ("backends", "cli"),
+    "ray": ("evaluation.spread",),
     "pycuda": ("backends", "cli", "kernels"),
     "triton": ("kernels",),
 }

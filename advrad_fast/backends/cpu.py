@@ -35,6 +35,8 @@ from advrad_fast.graph import check_weights
 
 EngineName = Literal["auto", "native", "openvino"]
 
+PRECISIONS = ("auto", "fp32", "bf16", "int8")
+
 
 class Request(Protocol):
     """One run of the network at a time: fill ``x``, then ``infer``."""
@@ -88,7 +90,11 @@ class CpuBackend(FrameBackend):
     ) -> None:
         super().__init__(config, mu, inverse_spread)
         check_weights(config.unet, weights)
-        threads, precision, folder = check_threads(threads), check_precision(precision), cache.folder(cache_dir)
+        threads, precision, folder = (
+            check_threads(threads),
+            check_precision(precision, PRECISIONS, " for the cpu backend"),
+            cache.folder(cache_dir),
+        )
         self._mu, self._inverse_spread = (np.array(array, order="C") for array in (mu, inverse_spread))
         self._coefficients = schedule.coefficients(
             config.unet.prediction,
@@ -149,12 +155,12 @@ class CpuBackend(FrameBackend):
         end = now()
         if np.isfinite(scores[0]):  # a NaN may live on in an engine's memory: such a request is not used again
             self._requests.put(request)
-        return Frame(
-            score=float(scores[0]),
-            noise=milliseconds(start, noised),
-            network=milliseconds(noised, inferred),
-            error=milliseconds(inferred, end),
-        )
+        timings = {
+            "noise": milliseconds(start, noised),
+            "network": milliseconds(noised, inferred),
+            "error": milliseconds(inferred, end),
+        }
+        return Frame(float(scores[0]), timings)
 
     def _normals(self, seed: int) -> Array | None:
         """The noise of a seed that comes again, as every frame's does by default; None for a new one.

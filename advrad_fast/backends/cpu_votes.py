@@ -20,7 +20,7 @@ from advrad_fast import _native as operations
 from advrad_fast import lattice, schedule
 from advrad_fast.backends import cache
 from advrad_fast.backends.base import Array, Precision, check_draws, check_precision, check_scores, check_threads
-from advrad_fast.backends.cpu import Engine, EngineName, Request, choose, compile_network, processor
+from advrad_fast.backends.cpu import PRECISIONS, Engine, EngineName, Request, choose, compile_network, processor
 from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import ConfigError, InferenceError, expected
 from advrad_fast.graph import check_weights
@@ -65,7 +65,11 @@ class CpuVotes:
         batch: int | None = None,
     ) -> None:
         check_weights(config.unet, weights)
-        threads, precision, folder = check_threads(threads), check_precision(precision), cache.folder(cache_dir)
+        threads, precision, folder = (
+            check_threads(threads),
+            check_precision(precision, PRECISIONS, " for the cpu backend"),
+            cache.folder(cache_dir),
+        )
         timestep = schedule.timestep_for_sigma(config.diffusion, sigma)
         self._lattice = operations.Lattice(lattice.thresholds(sigma))
         self.config = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, timestep=timestep))

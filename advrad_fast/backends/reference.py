@@ -84,12 +84,12 @@ class ReferenceBackend(FrameBackend):
         scores, errors = score.reconstruction_error(images, outputs, eps, self._mu, self._inverse_spread, config.score, c)
         if maps is not None:
             maps[:] = errors.numpy()
-        return Frame(
-            score=float(scores[0]),
-            noise=milliseconds(start, noised),
-            network=milliseconds(noised, inferred),
-            error=milliseconds(inferred, now()),
-        )
+        timings = {
+            "noise": milliseconds(start, noised),
+            "network": milliseconds(noised, inferred),
+            "error": milliseconds(inferred, now()),
+        }
+        return Frame(float(scores[0]), timings)
 
     def _noise(self, seed: int) -> Tensor:
         """A seed's noise is the same for every frame: the last seed's is kept, in one assignment, so that threads may race."""

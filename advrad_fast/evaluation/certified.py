@@ -23,9 +23,6 @@ from advrad_fast.images import load_image
 RADII = (0.05, 0.1, 0.2, 0.5)
 _CURVE = 61  # radii of the curve
 
-#: Called after each image with how many are done and how many there are.
-OnImage = Callable[[int, int], None]
-
 
 @dataclass(frozen=True)
 class CertifiedScores:
@@ -62,13 +59,14 @@ def draw_scores(
     sigma: float | None = None,
     seed: int = 0,
     file: Path | None = None,
-    on_image: OnImage | None = None,
+    on_image: Callable[[], None] | None = None,
 ) -> CertifiedScores:
     """Draw the scores of every test image, each with a seed of its own that ``seed`` and the image's name give.
 
     Args:
         draws: of every image.
         sigma: one of the model's; None for the smallest.
+        on_image: called after each image.
         file: JSON lines of what has been drawn, written as it is drawn; what it already holds is not drawn again.
 
     Raises:
@@ -93,7 +91,7 @@ def draw_scores(
     }
     kept = {} if file is None else _kept(file, header, draws)
     rows = []
-    for i, sample in enumerate(dataset.test):
+    for sample in dataset.test:
         name = "/".join(sample.path.parts[-2:])
         if name in kept:
             row = kept[name]
@@ -106,7 +104,7 @@ def draw_scores(
         limit = np.finfo(np.float32).max
         rows.append(np.full(draws, -limit if sample.label else limit, np.float32) if row is None else row)
         if on_image is not None:
-            on_image(i + 1, len(dataset.test))
+            on_image()
     return CertifiedScores(labels, np.stack(rows), float(sigma or 0.0), size.height * size.width * size.channels)
 
 
