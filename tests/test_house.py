@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("backends",),
     ("detector",),
     ("",),  # the package's public face
-    ("training", "evaluation", "overlay"),
+    ("training", "evaluation", "overlay", "line"),
     ("bench",),
     ("cli", "demo", "__main__"),
 )
@@ -45,6 +45,11 @@ HOMES = {
     "tensorrt_rtx": ("backends", "cli"),
     "pycuda": ("backends", "cli", "kernels"),
     "triton": ("kernels",),
+    "cv2": ("line",),
+    "harvesters": ("line",),
+    "genicam": ("line",),
+    "paho": ("line",),
+    "prometheus_client": ("line",),
 }
 
 # The fused operations under csrc/ and kernels/, and those that are still to come.
