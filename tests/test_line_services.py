@@ -24,7 +24,8 @@ from advrad_fast.line.sinks import Mqtt, Prometheus
 
 BROKER = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 needs_broker = pytest.mark.skipif(
-    BROKER is None and "ADVRAD_REQUIRE_MOSQUITTO" not in os.environ, reason="mosquitto is not installed (Debian: apt-get install mosquitto)"
+    BROKER is None and "ADVRAD_REQUIRE_MOSQUITTO" not in os.environ,
+    reason="mosquitto is not installed (Debian: apt-get install mosquitto)",
 )
 
 
