@@ -17,9 +17,7 @@ from streams import detector
 
 from advrad_fast import ConfigError, Detector, ImageError, Outcome
 from advrad_fast.errors import SourceError, SourceStalledError
-from advrad_fast.line import IDLE, Backoff, InspectionStream
-from advrad_fast.line.camera import Camera, VideoFile
-from advrad_fast.line.genicam import GenicamCamera
+from advrad_fast.line import IDLE, Backoff, Camera, GenicamCamera, InspectionStream, VideoFile
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
 

@@ -58,12 +58,12 @@ def make_source(options: argparse.Namespace) -> Any:
     """
     text: str = options.source
     if text.startswith("genicam:"):
-        from advrad_fast.line.genicam import GenicamCamera
+        from advrad_fast.line import GenicamCamera
 
         producer, _, serial = text.removeprefix("genicam:").partition(":")
         return GenicamCamera(producer, serial or None)
     if re.fullmatch(r"\d+", text) or "://" in text:
-        from advrad_fast.line.camera import Camera
+        from advrad_fast.line import Camera
 
         return Camera(text if "://" in text else int(text))
     if Path(text).is_dir():
@@ -71,7 +71,7 @@ def make_source(options: argparse.Namespace) -> Any:
 
         return WatchedFolder(text, existing=options.existing, recursive=options.recursive, settle_ms=options.settle_ms)
     if Path(text).is_file():
-        from advrad_fast.line.camera import VideoFile
+        from advrad_fast.line import VideoFile
 
         return VideoFile(text)
     raise ConfigError(expected("source", "a folder, a video file, a camera's number or its address", text))
