@@ -6,29 +6,49 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from advrad_fast.cli.common import OK, Adder, load_detector, model_options, output
+from advrad_fast.cli.common import OK, Adder, Progress, data_options, detector_maker, load_data, model_options, output, say
 
 
 def add(command: Adder) -> None:
     """Add the command."""
-    parser = command("evaluate", _evaluate, "Measure a detector on a labelled test set in MVTec AD layout.")
+    parser = command("evaluate", _evaluate, "Measure a detector on a labelled test set.")
     model_options(parser)
-    parser.add_argument("data", type=Path, help="the dataset's folder")
+    data_options(parser, "the dataset's folder")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FOLDER",
+        help="write a page, FOLDER/index.html; other categories evaluated into it are kept",
+    )
+    parser.add_argument("--ray", metavar="ADDRESS", help="spread the images over a Ray cluster: auto, HOST:PORT, or local")
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from advrad_fast.evaluation.datasets import load_dataset
     from advrad_fast.evaluation.evaluate import evaluate, table
 
-    dataset = load_dataset(options.data)
-    detector = load_detector(options)
-    evaluation = evaluate(detector, dataset, seed=options.seed)
+    dataset = load_data(options)
+    setup = detector_maker(options)
+    detector = setup()
+    results: dict[Any, Any] = {}
+    with Progress(len(dataset.test), "images") as progress:
+
+        def note(sample: Any, result: object) -> None:
+            results[sample.path] = result
+            progress.step()
+
+        evaluation = evaluate(detector, dataset, seed=options.seed, on_sample=note, ray=options.ray, setup=setup)
     figures = {"model": str(options.model), **evaluation.figures}
     with output(options.json) as file:
         if file:
             file.write(json.dumps(figures) + "\n")
     if options.json != "-":
         sys.stdout.write(table(evaluation) + "\n")
+    if options.report is not None:
+        from advrad_fast.evaluation import report
+
+        ordered = [results[sample.path] for sample in evaluation.samples]
+        say(f"wrote {report.write(options.report, report.collect(evaluation, ordered, detector, options.model))}")
     return OK

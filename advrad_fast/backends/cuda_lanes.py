@@ -1,0 +1,120 @@
+"""Who has which lane: one for each thread, made when it first needs it and given back when it ends, renewed after a failure."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from advrad_fast.backends.cuda_lane import Lane
+from advrad_fast.backends.cuda_session import Session, current
+from advrad_fast.errors import BackendUnavailableError, InferenceError
+
+
+class _Slot:
+    """A thread's lane; when the thread ends it goes, and gives the lane back."""
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        weakref.finalize(self, lane.close).atexit = False
+
+
+class Lanes:
+    """A session and its lanes.
+
+    Some errors of a GPU end the context and all that is in it.  Then all lanes and the session are given up, and the next frame
+    opens them anew, which works as soon as nobody else in the process holds the context.
+
+    Args:
+        open_session: opens the session; called now, and again after such an error.
+        graphs: whether lanes use CUDA graphs.
+
+    Raises:
+        BackendUnavailableError, InferenceError: as for :class:`Session`.
+    """
+
+    def __init__(self, open_session: Callable[[], Session], *, graphs: bool = True) -> None:
+        self._open, self._graphs = open_session, graphs
+        self._lock = threading.RLock()  # before any lane's lock, never after
+        self._mine = threading.local()
+        self._lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
+        self._closed, self._process = False, os.getpid()
+        self._session: Session | None = open_session()
+
+    @property
+    def session(self) -> Session | None:
+        """The open one, if any."""
+        return self._session
+
+    @contextmanager
+    def lane(self) -> Iterator[Lane]:
+        """This thread's lane, with its context current; it is given up if the body fails.
+
+        Raises:
+            InferenceError: there is none to be had, or the body raised it.
+        """
+        slot = self._locked()
+        lane = slot.lane
+        try:
+            try:
+                with current(lane.gpu):
+                    yield lane
+            finally:
+                lane.lock.release()
+        except BaseException:
+            self._give_up(lane)
+            raise
+
+    def _locked(self) -> _Slot:
+        """This thread's slot, its lane's lock held."""
+        while True:
+            slot: _Slot | None = getattr(self._mine, "slot", None)
+            if slot is None or slot.lane.closed:
+                slot = self._mine.slot = self._made()
+            slot.lane.lock.acquire()
+            if not slot.lane.closed:
+                return slot
+            slot.lane.lock.release()  # another thread has just given everything up
+
+    def _made(self) -> _Slot:
+        if os.getpid() != self._process:
+            raise InferenceError("cuda: a detector does not survive fork(); start processes by spawn, and load it in each")
+        with self._lock:
+            if self._closed:
+                raise InferenceError("cuda: the detector was closed")
+            try:
+                if self._session is None:
+                    self._session = self._open()
+                lane = Lane(self._session, graphs=self._graphs)
+            except BackendUnavailableError as error:
+                raise InferenceError(str(error)) from error
+            except InferenceError:
+                self._give_up(None)
+                raise
+            self._lanes.add(lane)
+        return _Slot(lane)
+
+    def _give_up(self, lane: Lane | None) -> None:
+        """A lane that failed, and everything if the context is lost."""
+        if lane is not None:
+            lane.close()
+        with self._lock:
+            if self._session is not None and (lane is None or lane.session is self._session) and not self._session.alive():
+                self._close_all()
+
+    def _close_all(self) -> None:
+        for lane in list(self._lanes):
+            lane.close()  # waits for its thread's frame to end
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    def close(self) -> None:
+        """Give everything back; later frames are refused.  Closing twice is fine."""
+        if os.getpid() != self._process:
+            return
+        with self._lock:
+            self._closed = True
+            self._close_all()
