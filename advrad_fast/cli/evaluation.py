@@ -27,9 +27,12 @@ def add(command: Adder) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from advrad_fast.evaluation import report
     from advrad_fast.evaluation.datasets import load_dataset
     from advrad_fast.evaluation.evaluate import evaluate, table
 
+    if options.report is not None:
+        report.prepare(options.report)
     dataset = load_dataset(options.data)
     setup = detector_maker(options)
     detector = setup()
@@ -48,8 +51,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.json != "-":
         sys.stdout.write(table(evaluation) + "\n")
     if options.report is not None:
-        from advrad_fast.evaluation import report
-
         ordered = [results[sample.path] for sample in evaluation.samples]
         say(f"wrote {report.write(options.report, report.collect(evaluation, ordered, detector, options.model))}")
     return OK

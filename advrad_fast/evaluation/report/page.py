@@ -167,7 +167,7 @@ def _alarm(categories: Sequence[Category]) -> Node | None:
     if not broken:
         return None
     text = f"The attack broke a sanity rule on {', '.join(broken)}: the robust figures there are not to be trusted."
-    return tag("p", text, class_="alarm", role="alert")
+    return tag("p", text, class_="alarm")
 
 
 def _over(categories: Sequence[Category], key: str, name: str | None = None) -> str:
