@@ -90,13 +90,22 @@ class Gpu:
             self._context.pop()
 
     def close(self) -> None:
-        """Release the primary context; the last one who does frees everything in it.  Closing twice is fine."""
+        """Release the primary context, on any thread; the last one who does frees everything in it.  Closing twice is fine."""
         while self._entered:
             self.pop()
         if self._context is not None:
             # Left to its destructor, pycuda would detach a primary context as if it had made it, which the driver refuses.
+            # While it is current pycuda releases it on any thread, but leaves it on this thread's stack of contexts, under the
+            # one that was current before.
             context, self._context = self._context, None
+            before = self.cuda.Context.get_current()
+            context.push()
             context.detach()
+            library, top = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
+            library.cuCtxPopCurrent_v2(ctypes.byref(top))
+            if before is not None:
+                library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+                library.cuCtxPushCurrent_v2(top)
 
 
 def open_gpu(ordinal: int = 0) -> Gpu:

@@ -25,6 +25,7 @@ from advrad_fast.bench.timing import Timing
 from advrad_fast.cli import main
 from advrad_fast.detector import Detector
 from advrad_fast.errors import BackendUnavailableError, InferenceError
+from advrad_fast.model import ModelFile
 
 PROFILE = {"copy_in": 0.01, "noise": 0.02, "network": 0.9, "error": 0.04, "copy_out": 0.03}
 
@@ -246,3 +247,36 @@ def check_in_the_interpreter() -> None:
 
 def test_the_real_kernels_pass(interpreter: Any) -> None:
     interpreter.call(check_in_the_interpreter)
+
+
+# The cuda backend itself, on the fake driver
+
+
+def test_the_real_backend_on_the_fake_driver(
+    driver: Any, executable: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps and timings have the names that the rows are made of.  What it takes here says nothing about a GPU."""
+    from emulated_engine import EmulatedEngine, teach
+
+    teach(driver, executable)
+    EmulatedEngine(driver, monkeypatch)
+    monkeypatch.setenv("ADVRAD_KERNELS", str(executable.folder))
+    monkeypatch.setenv("ADVRAD_CACHE", str(tmp_path / "cache"))
+    inspect = gpu._inspect
+    monkeypatch.setattr(gpu, "RUNS", 2)
+    monkeypatch.setattr(gpu, "alternate", lambda calls, seconds: {name: made(call) for name, call in calls.items()})
+    rows = list(
+        inspect(
+            "small", ModelFile.load(model), Detector.load(model, backend="cuda", precision="fp32"), {}, 1e9, 0.0, False, "cpu"
+        )
+    )
+    for row, details in rows:
+        assert row["precision"] == "fp32" and row["backend"] == "cuda"
+        assert details["parity"]["flips"] == 0 and details["parity"]["score_worst"] <= gpu.BOUNDS["fp32"]
+        assert set(details["steps_ms"]) == set(gpu.STEPS) and all(value >= 0 for value in details["steps_ms"].values())
+        assert sum(details["steps_share"][name] for name in gpu.STEPS) == pytest.approx(1.0, abs=1e-3)
+
+
+def made(call: Any) -> Timing:
+    call()
+    return Timing(1.0, 1.0, 1.0, 1.0)

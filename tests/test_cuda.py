@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from emulated_engine import EmulatedEngine, teach
-from gpu_emulation.driver import FakeDriver
+from gpu_emulation.driver import Code, FakeDriver
 from numpy.typing import NDArray
 
 from advrad_fast import graph
@@ -17,6 +17,7 @@ from advrad_fast.backends.cpu import CpuBackend
 from advrad_fast.backends.cuda import CudaBackend
 from advrad_fast.backends.reference import ReferenceBackend
 from advrad_fast.config import DetectorConfig, DiffusionConfig, ImageConfig, ScoreConfig, UNetConfig
+from advrad_fast.errors import ConfigError, ImageError, InferenceError
 
 HEIGHT, WIDTH = 16, 24
 
@@ -140,3 +141,89 @@ def test_result_depends_on_frame_and_seed_alone(make: Callable[..., CudaBackend]
         assert with_map.scores == without.scores and without.maps is None
     assert set(together.timings) == {"device"}
     assert backend.score(images[:0], seed=0, want_maps=True).scores.shape == (0,)
+
+
+# What a frame costs the host
+
+FRAME = HEIGHT * WIDTH * 3
+PUSHED = {"cuCtxPushCurrent_v2": 1, "cuCtxPopCurrent_v2": 1}
+
+
+def spent(driver: FakeDriver, action: Callable[[], Scores]) -> tuple[Scores, dict[str, int], dict[str, int]]:
+    """What an action gives, and the driver's calls and the bytes copied by it."""
+    counters = driver.counters
+    calls, copied = counters.calls.copy(), counters.copied_bytes.copy()
+    before = counters.synchronisations, counters.allocations, counters.host_allocations
+    result = action()
+    after = counters.synchronisations, counters.allocations, counters.host_allocations
+    assert [a - b for a, b in zip(after, before, strict=True)] == [1, 0, 0]  # one wait, no memory
+    return result, dict(counters.calls - calls), dict(counters.copied_bytes - copied)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_a_frame_is_one_graph(driver: FakeDriver, make: Callable[..., CudaBackend], maps: bool) -> None:
+    """In steady state: one launch, one wait, no allocation, the frame in, the score out, and the map if asked for."""
+    backend, images = make(), frames()
+    wanted = [make(graphs=False).score(images[i : i + 1], seed=i, want_maps=maps) for i in range(5)]
+    backend.score(images[:1], seed=0, want_maps=maps)
+    moved = {"htod": FRAME, "dtoh": 4 + (4 * HEIGHT * WIDTH if maps else 0)}
+    for i in range(5):
+        got, calls, copied = spent(driver, lambda i=i: backend.score(images[i : i + 1], seed=i, want_maps=maps))  # type: ignore[misc]
+        updates = {"cuGraphExecKernelNodeSetParams": 2} if i else {}
+        assert calls == {**PUSHED, "cuGraphLaunch": 1, "cuStreamSynchronize": 1, **updates} and copied == moved
+        assert got.scores == wanted[i].scores and np.array_equal(got.maps, wanted[i].maps)  # type: ignore[arg-type]
+
+
+def test_a_frame_without_graphs(driver: FakeDriver, make: Callable[..., CudaBackend]) -> None:
+    backend, images = make(graphs=False), frames()
+    _, calls, copied = spent(driver, lambda: backend.score(images[:1], seed=4, want_maps=False))
+    once = {"cuMemcpyHtoDAsync_v2": 1, "cuMemcpyDtoHAsync_v2": 1, "cuLaunchKernel": 3, "cuStreamSynchronize": 1}
+    assert calls == {**PUSHED, **once} and copied == {"htod": FRAME, "dtoh": 4}
+
+
+CAPTURING = (
+    *("cuStreamBeginCapture", "cuStreamGetCaptureInfo", "cuStreamEndCapture", "cuGraphInstantiateWithFlags"),
+    *("cuGraphKernelNodeGetParams", "cuLaunchKernel", "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync"),
+)
+
+
+@pytest.mark.parametrize("call", CAPTURING)
+def test_a_capture_that_fails(
+    driver: FakeDriver, make: Callable[..., CudaBackend], caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    """Is said once, and every kernel is launched on its own from then on: the same scores."""
+    backend, images = make(), frames()
+    wanted = make().score(images[3:4], seed=2, want_maps=False)
+    driver.fail(call, Code.STREAM_CAPTURE_UNSUPPORTED)
+    for _ in range(2):
+        assert backend.score(images[3:4], seed=2, want_maps=False).scores == wanted.scores
+    assert caplog.text.count("no CUDA graph, every kernel is launched on its own: ") == 1
+    assert driver.counters.graph_launches == 1
+    assert backend.score(images[3:4], seed=2, want_maps=True).scores == wanted.scores  # which has a graph of its own
+    assert driver.counters.graph_launches == 2
+
+
+def test_tensorrt_cannot_be_captured(
+    driver: FakeDriver, engine: EmulatedEngine, make: Callable[..., CudaBackend], caplog: pytest.LogCaptureFixture
+) -> None:
+    backend, images = make(), frames()
+    engine.trt.fail = "execute_async_v3"
+    with pytest.raises(InferenceError, match="cannot run the network"):  # neither in the capture nor outside of it
+        backend.score(images[:1], seed=0, want_maps=False)
+    assert "no CUDA graph" in caplog.text
+    engine.trt.fail = ""
+    backend.score(images[:1], seed=0, want_maps=False)
+    assert driver.counters.graph_launches == 1
+
+
+def test_profile(make: Callable[..., CudaBackend]) -> None:
+    backend, image = make(), frames()[4]
+    wanted = backend.score(image[None], seed=9, want_maps=False)
+    taken = backend.profile(image, seed=9, want_maps=True, runs=3)
+    assert list(taken) == ["copy_in", "noise", "network", "error", "copy_out"]
+    assert all(times.shape == (3,) and times.dtype == np.float64 and (times >= 0).all() for times in taken.values())
+    assert backend.score(image[None], seed=9, want_maps=False).scores == wanted.scores
+    with pytest.raises(ConfigError, match="runs"):
+        backend.profile(image, runs=0)
+    with pytest.raises(ImageError, match="images"):
+        backend.profile(image[:-1])

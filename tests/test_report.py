@@ -156,7 +156,18 @@ def test_budgets_in_order() -> None:
     made = category()
     made.figures["robust_auroc"] = dict.fromkeys(("linf 16/255", "linf 2/255", "l2 0.2", "linf 0.5/255", "odd"), 0.5)
     assert budgets([made], "robust_auroc") == ["l2 0.2", "linf 0.5/255", "linf 2/255", "linf 16/255", "odd"]
-    page([made])  # a name that is no budget is in the tables, and on no axis
+    html = page([made]).decode()  # a name that is no budget is in the tables, and on no axis
+    assert "AUROC against the l2 budget" in html and "AUROC against the odd budget" not in html
+
+
+@pytest.mark.parametrize(("count", "coloured"), [(1, 1), (5, 6), (6, 1), (15, 1)])
+def test_many_categories_are_quiet_lines(count: int, coloured: int) -> None:
+    """Each its own colour while there are enough of them, and the mean another."""
+    html = page([category(f"c{i}", seed=i, count=4) for i in range(count)]).decode()
+    (drawn,) = re.findall(r"(?s)<figcaption>AUROC against the l2 budget.*?</figure>", html)
+    lines = re.findall(r'class="line (\w+)"', drawn)
+    assert len(lines) == count + (count > 1)
+    assert len(set(lines) - {"quiet"}) == coloured == len([line for line in lines if line != "quiet"])
     assert list(category().figures["robust_auroc"]) == list(BUDGETS)
 
 

@@ -7,6 +7,7 @@ A graph is captured from work on a stream.  Kernels whose arguments change from 
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -76,14 +77,18 @@ class Capture:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        graph = ctypes.c_void_p()
+        graph, refusal = ctypes.c_void_p(), None
         try:
             call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
-        except InferenceError:
-            if error is None:  # else what went wrong first is what to tell
-                raise
-        if error is not None and graph.value:
-            call("cuGraphDestroy", graph.value)
+        except InferenceError as refused:
+            refusal = refused
+            with suppress(InferenceError):  # mostly it has ended all the same, and then refuses again
+                call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
+        if (error or refusal) and graph.value:
+            with suppress(InferenceError):
+                call("cuGraphDestroy", graph.value)
+        if error is None and refusal is not None:  # else what went wrong first is what to tell
+            raise refusal
         self.captured = graph.value or 0
 
     def kernel(self, launch: PreparedLaunch) -> None:
@@ -136,11 +141,9 @@ class Graph:
     def close(self) -> None:
         """Give it back; it must not be running.  Closing twice is fine, and a lost context takes it along."""
         for name, handle in (("cuGraphExecDestroy", self._executable), ("cuGraphDestroy", self._captured)):
-            try:
-                if handle:
+            if handle:
+                with suppress(InferenceError):
                     call(name, handle)
-            except InferenceError:
-                continue
         self._executable = self._captured = 0
 
 

@@ -54,6 +54,25 @@ def detector_maker(options: argparse.Namespace) -> Callable[[], Any]:
     return partial(Detector, ModelFile.load(options.model), backend=options.backend, seed=options.seed, **given)
 
 
+def data_options(parser: argparse.ArgumentParser, text: str) -> None:
+    """The dataset: a folder, or one of the public datasets as its makers ship it.  ``text`` says what the folder may be."""
+    parser.add_argument("data", type=Path, nargs="?", help=text)
+    parser.add_argument("--dataset", choices=("mvtec", "visa", "btad", "folder"), help="its layout (default: by what is there)")
+    parser.add_argument("--root", type=Path, help="the same as DATA: the dataset's folder")
+    parser.add_argument("--category", help="with --dataset mvtec, visa or btad: which of its categories, such as pcb1")
+
+
+def load_data(options: argparse.Namespace) -> Any:
+    """The :class:`~advrad_fast.evaluation.datasets.Dataset` that :func:`data_options` describe."""
+    from advrad_fast.errors import DatasetError
+    from advrad_fast.evaluation.datasets import load_dataset
+
+    if (options.data is None) == (options.root is None):
+        got = "neither" if options.data is None else "both"
+        raise DatasetError(f"data: expected the dataset's folder once, as DATA or as --root, got {got}")
+    return load_dataset(options.root or options.data, options.dataset or "auto", options.category)
+
+
 @contextmanager
 def output(target: str | None) -> Iterator[TextIO | None]:
     """A text file for writing, standard output for ``-``, or None."""

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from advrad_fast.cli.common import OK, Adder, Progress, detector_maker, model_options, output, say
+from advrad_fast.cli.common import OK, Adder, Progress, data_options, detector_maker, load_data, model_options, output, say
 
 
 def add(command: Adder) -> None:
     """Add the command."""
-    parser = command("evaluate", _evaluate, "Measure a detector on a labelled test set in MVTec AD layout.")
+    parser = command("evaluate", _evaluate, "Measure a detector on a labelled test set.")
     model_options(parser)
-    parser.add_argument("data", type=Path, help="the dataset's folder")
+    data_options(parser, "the dataset's folder")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
     parser.add_argument(
         "--report",
@@ -28,12 +28,11 @@ def add(command: Adder) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from advrad_fast.evaluation import report
-    from advrad_fast.evaluation.datasets import load_dataset
     from advrad_fast.evaluation.evaluate import evaluate, table
 
     if options.report is not None:
         report.prepare(options.report)
-    dataset = load_dataset(options.data)
+    dataset = load_data(options)
     setup = detector_maker(options)
     detector = setup()
     results: dict[Any, Any] = {}

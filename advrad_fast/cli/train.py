@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from advrad_fast.cli.common import OK, Adder, say
+from advrad_fast.cli.common import OK, Adder, data_options, load_data, say
 
 
 def add(command: Adder) -> None:
     """Add the command."""
     parser = command("train", _train, "Train a detector on a folder of good parts; go on where an interrupted run stopped.")
-    parser.add_argument("data", type=Path, help="a folder in MVTec AD layout, or any folder of good images")
+    data_options(parser, "a folder in MVTec AD layout, or any folder of good images")
     parser.add_argument("--out", type=Path, required=True, help="the model file to write")
     parser.add_argument("--preset", default="fast", help="fast (CPUs, line rates) or paper (the paper's scale, for GPUs)")
     parser.add_argument("--size", type=int, default=256, help="the input has about SIZE x SIZE pixels (default 256)")
@@ -46,7 +46,7 @@ def _train(options: argparse.Namespace) -> int:
         "flip_vertical": "v" in options.flip or None,
     }
     model = train(
-        options.data,
+        load_data(options),
         options.out,
         preset_name=options.preset,
         size=options.size,

@@ -17,7 +17,7 @@ from torch import Tensor
 from advrad_fast import calibrate
 from advrad_fast.config import DetectorConfig, DiffusionConfig, ImageConfig, UNetConfig
 from advrad_fast.errors import TrainingError
-from advrad_fast.evaluation.datasets import load_dataset
+from advrad_fast.evaluation.datasets import Dataset, load_dataset
 from advrad_fast.model import ModelFile, Scalar, round_to_half
 from advrad_fast.reference.unet import UNet
 from advrad_fast.training import fitting
@@ -36,7 +36,7 @@ _FINE_STEM_PIXELS = 40_000
 
 
 def train(
-    data: str | Path,
+    data: str | Path | Dataset,
     out: str | Path,
     *,
     preset_name: str = "fast",
@@ -59,7 +59,7 @@ def train(
     An interrupted run goes on where its checkpoint (``<out>.checkpoint``, removed at the end) stands when called again.
 
     Args:
-        data: a folder in MVTec AD layout, or any folder of good images.
+        data: a folder in MVTec AD layout, any folder of good images, or what ``load_dataset`` made of any layout.
         out: the model file to write.
         preset_name: ``fast`` or ``paper``.
         size, align, brightness: :func:`advrad_fast.training.dataset.image_config`.
@@ -85,7 +85,7 @@ def train(
         raise TrainingError(f"{out}: its folder does not exist")
     calibrate.normals_needed(false_alarm_rate)
     rank, world_size = distributed()
-    paths = load_dataset(Path(data)).train
+    paths = (data if isinstance(data, Dataset) else load_dataset(data)).train
     samples = load_samples(paths)
     net = _network(chosen, samples, {"prediction": prediction, "patch": patch, **(unet or {})}, grey=grey)
     image = image_config(samples, net, size=size, align=align, brightness=brightness)
