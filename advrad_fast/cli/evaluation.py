@@ -35,6 +35,7 @@ def add(command: Adder) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from advrad_fast.evaluation import report
     from advrad_fast.evaluation.evaluate import evaluate, table
 
     given = [name for name in ("sigma", "radii", "scores", "plot") if getattr(options, name) is not None]
@@ -42,6 +43,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ConfigError(expected(f"--{given[0]}", "--certified with it", "none"))
     if options.plot is not None and options.plot.suffix != ".svg":
         raise ConfigError(expected("--plot", "a file name that ends in .svg", str(options.plot)))
+    if options.report is not None:
+        report.prepare(options.report)
     dataset = load_data(options)
     setup = detector_maker(options)
     detector = setup()
@@ -62,8 +65,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.json != "-":
         sys.stdout.write(table(evaluation) + "\n" + lines)
     if options.report is not None:
-        from advrad_fast.evaluation import report
-
         ordered = [results[sample.path] for sample in evaluation.samples]
         say(f"wrote {report.write(options.report, report.collect(evaluation, ordered, detector, options.model))}")
     return OK
