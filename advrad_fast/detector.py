@@ -243,7 +243,7 @@ class Detector:
             BackendUnavailableError: the network cannot be compiled at this sigma.
         """
         pixels = self._pixels
-        max_votes = voting.check_votes(max_votes)
+        max_votes = voting.check_votes("max_votes", max_votes)
         smoothing = self._smoothing(radius, sigma, alpha, max_votes)
         threshold = smoothing.threshold if threshold is None else _finite("threshold", threshold)
         test = None if radius is None else DecisionTest(radius, smoothing.sigma, alpha, pixels=pixels)
@@ -282,7 +282,7 @@ class Detector:
             ImageError: as :meth:`inspect`; PartNotFoundError where the model aligns the part first and finds none.
             ConfigError, InferenceError, BackendUnavailableError: as :meth:`certify`.
         """
-        draws = voting.check_votes(draws)
+        draws = voting.check_votes("draws", draws)
         votes = self._votes(self._smoothing(None, sigma, 0.001, draws))
         noise_seed = secrets.randbits(64) if seed is None else philox.check_seed(seed)
         return votes.scores(images.prepare(frame, self._model.config.image).image, seed=noise_seed, draws=draws)

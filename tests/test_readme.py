@@ -12,7 +12,7 @@ from models import small_model
 from PIL import Image
 
 from advrad_fast.bench.timing import Timing, row
-from advrad_fast.cli import inspection
+from advrad_fast.cli import certification, inspection
 from advrad_fast.line.results import ROW_KEYS
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -51,3 +51,7 @@ def test_promised_keys() -> None:
     assert promised("inspect") == list(inspection.INSPECT_KEYS)
     assert promised("stream --jsonl") == list(ROW_KEYS)
     assert promised("bench") == [*row("x", (), 1, "cpu", "fp32", Timing(1, 1, 1, 1)), "details"]
+
+
+def test_promised_keys_of_certify() -> None:
+    assert promised("certify") == list(certification.CERTIFY_KEYS)
