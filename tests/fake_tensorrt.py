@@ -1,7 +1,7 @@
 """TensorRT's Python interface as far as the package uses it, with no GPU behind it: what each of the three libraries has.
 
-The names and signatures are those of the real bindings: of TensorRT 10.3 and 11.4 (their wheels load with stubs for the libraries
-behind them) and of TensorRT-RTX 1.7, which :mod:`test_tensorrt_engine` holds this against where it is installed.
+The names and arguments are those of the real bindings of TensorRT 10.3 and 11.4 and of TensorRT-RTX 1.7: :mod:`tensorrt_names`
+has read them into tensorrt_names.json, which :mod:`test_tensorrt_engine` holds this against.
 An engine is ``b"engine"``, the library's version, its shapes and its model's digest; running one counts, and calls ``execute``.
 """
 
@@ -106,8 +106,8 @@ class FakeTensorRT:
         class RtxConfig(Config):
             num_compute_capabilities = 0
 
-            def set_compute_capability(self, capability: Any, index: int) -> bool:
-                return index < self.num_compute_capabilities and fake.did("set_compute_capability", capability.name)
+            def set_compute_capability(self, compute_capability: Any, index: int) -> bool:
+                return index < self.num_compute_capabilities and fake.did("set_compute_capability", compute_capability.name)
 
         class Builder:
             def __init__(self, logger: ILogger) -> None:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any
 
-from advrad_fast.backends.base import Array, Backend, BackendStatus, Precision, Scores, check_precision
+from advrad_fast.backends.base import Array, Backend, BackendStatus, Precision, Scores, Votes, check_precision
 from advrad_fast.backends.cache import CacheDir
 from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import BackendUnavailableError, ConfigError, expected
 
-__all__ = ["BACKENDS", "Backend", "BackendStatus", "Scores", "available", "create"]
+__all__ = ["BACKENDS", "Backend", "BackendStatus", "Scores", "Votes", "available", "create"]
 
 #: Every backend, in the order in which ``auto`` tries them.
 BACKENDS = ("cuda", "cpu", "reference")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advrad_fast.config import DetectorConfig
-from advrad_fast.errors import ConfigError, ImageError, InferenceError, ModelFileError, expected
+from advrad_fast.errors import BackendUnavailableError, ConfigError, ImageError, InferenceError, ModelFileError, expected
 from advrad_fast.philox import check_seed
 
 Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "fp8"]
@@ -36,6 +37,32 @@ class Scores:
     scores: Array
     maps: Array | None
     timings: dict[str, float]
+
+
+class Votes(Protocol):
+    """The detector inside randomised smoothing at one sigma: it sees x + delta and nothing else.  Thread-safe.
+
+    delta is lattice noise of :mod:`advrad_fast.lattice`, the same integers on every backend.
+    """
+
+    @property
+    def batch(self) -> int:
+        """Draws a call of the network: the number to ask for at a time."""
+
+    def scores(self, image: NDArray[np.uint8], *, seed: int, draws: int, first_draw: int = 0) -> Array:
+        """One score for each of the draws [first_draw, first_draw + draws) of ``seed``: a function of (image, seed, draw).
+
+        Args:
+            image: uint8 (H, W, C) of the configured size, prepared.
+
+        Returns:
+            float32 (draws,), finite.
+
+        Raises:
+            ImageError: the dtype or the shape is not the configured one.
+            ConfigError: the seed or a number of draws is out of range.
+            InferenceError: the engine failed or returned something not finite: a fault is no vote.
+        """
 
 
 class Backend(Protocol):
@@ -63,6 +90,20 @@ class Backend(Protocol):
             InferenceError: the engine failed, or returned something not finite.
         """
 
+    def votes(
+        self, config: DetectorConfig, weights: Mapping[str, Array], mu: Array, inverse_spread: Array, *, sigma: float
+    ) -> Votes:
+        """The smoothed detector, on this device and with this backend's options.
+
+        Args:
+            config: with the score at ``sigma``; the timestep follows from ``sigma``.
+            weights, mu, inverse_spread: at ``sigma``.
+            sigma: of the noise, in [0, 1] pixel units.
+
+        Raises:
+            ConfigError, ModelFileError, BackendUnavailableError: as for the backend itself.
+        """
+
 
 @dataclass(frozen=True)
 class BackendStatus:
@@ -77,6 +118,33 @@ class BackendStatus:
     name: str
     usable: bool
     detail: str
+
+
+def check_draws(
+    config: DetectorConfig, image: NDArray[np.uint8], seed: int, draws: int, first_draw: int
+) -> tuple[NDArray[np.uint8], int]:
+    """What :meth:`Votes.scores` is given, checked: the image, C-contiguous (1, H, W, C), and the seed.
+
+    Raises:
+        ImageError, ConfigError: as there.
+    """
+    size = config.image
+    shape = (size.height, size.width, size.channels)
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != shape:
+        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ImageError(f"image: expected uint8 {shape}, got {got}")
+    seed = check_seed(seed)
+    for name, value in (("draws", draws), ("first_draw", first_draw)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= 2**31:
+            raise ConfigError(expected(name, f"an integer in [0, {2**31}]", value))
+    return np.ascontiguousarray(image[None]), seed
+
+
+def check_scores(scores: Array) -> Array:
+    """``scores`` if all are finite, or an InferenceError."""
+    if not np.isfinite(scores).all():
+        raise InferenceError(expected("scores", "finite numbers", scores[~np.isfinite(scores)][0]))
+    return scores
 
 
 @dataclass(frozen=True)
@@ -104,6 +172,12 @@ class FrameBackend(ABC):
     @abstractmethod
     def _frame(self, image: NDArray[np.uint8], seed: int, maps: Array | None) -> Frame:
         """Score one C-contiguous image (1, H, W, C), and fill in its map (1, H, W) if there is one to fill in."""
+
+    def votes(
+        self, config: DetectorConfig, weights: Mapping[str, Array], mu: Array, inverse_spread: Array, *, sigma: float
+    ) -> Votes:
+        """See :meth:`Backend.votes`; here for backends without a smoothed detector."""
+        raise BackendUnavailableError(f"certify: the {self.name} backend cannot yet; use backend='cpu'")
 
     def score(self, images: NDArray[np.uint8], *, seed: int, want_maps: bool) -> Scores:
         """See :meth:`Backend.score`."""

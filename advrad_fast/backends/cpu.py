@@ -22,6 +22,7 @@ from advrad_fast.backends.base import (
     Frame,
     FrameBackend,
     Precision,
+    Votes,
     check_precision,
     check_threads,
     milliseconds,
@@ -102,11 +103,21 @@ class CpuBackend(FrameBackend):
         )
         self._error_coefficients = schedule.error_coefficients(self._coefficients)
         self._engine = compile_network(config, weights, precision=precision, engine=engine, threads=threads, folder=folder)
+        self._options = {"precision": precision, "engine": engine, "threads": threads, "cache_dir": cache_dir}
         self.precision = self._engine.precision
         self._kept: tuple[int, Array | None] | None = None  # the last seed, and its noise once it came twice
         # Requests and their input arrays, one for every thread that has been inside _frame at the same time.
         self._requests: SimpleQueue[Request] = SimpleQueue()
         self._requests.put(self._engine.request())
+
+    def votes(
+        self, config: DetectorConfig, weights: Mapping[str, Array], mu: Array, inverse_spread: Array, *, sigma: float
+    ) -> Votes:
+        """See :meth:`advrad_fast.backends.base.Backend.votes`."""
+        made: Votes = importlib.import_module("advrad_fast.backends.cpu_votes").CpuVotes(
+            config, weights, mu, inverse_spread, sigma=sigma, **self._options
+        )
+        return made
 
     def _frame(self, image: NDArray[np.uint8], seed: int, maps: Array | None) -> Frame:
         config, c = self._config, self._coefficients

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import ConfigError, expected
 from advrad_fast.graph import GRAPH_VERSION
 from advrad_fast.graph_precision import TYPED_GRAPH_VERSION, build_typed_graph, quantised_tensors
+
+_log = logging.getLogger(__name__)
 
 
 def network_inputs(config: DetectorConfig, images: NDArray[np.uint8]) -> list[Array]:
@@ -90,11 +93,17 @@ def store_ranges(folder: Path | None, config: DetectorConfig, weights: Mapping[s
 
 
 def load_ranges(folder: Path | None, config: DetectorConfig, weights: Mapping[str, Array]) -> dict[str, float] | None:
-    """A calibration from the cache, or None."""
+    """A calibration from the cache, or None: there is none, or what is there is not one (logged as a warning)."""
     blob = cache.load(folder, _name(config, weights))
     if blob is None:
         return None
-    ranges: dict[str, float] = json.loads(blob)
+    try:
+        ranges = json.loads(blob)
+    except (ValueError, RecursionError):
+        ranges = None
+    if not isinstance(ranges, dict) or not all(type(v) is float and 0.0 < v < math.inf for v in ranges.values()):
+        _log.warning("the calibration in %s is not one; calibrate again", folder)
+        return None
     return ranges
 
 

@@ -245,15 +245,18 @@ class Trainer:
                     f"{path}: this checkpoint is of another run (other images, settings or network); remove it to start anew"
                 )
             step = int(metadata["step"])
+            if not 0 <= step <= self.settings.steps:
+                raise TrainingError(expected(f"{path}: step", f"0 to {self.settings.steps}", step))
             for prefix, module in (("net.", self.net), ("ema.", self.ema)):
                 module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
             for name, parameter in self.net.named_parameters():
                 if step > 0:
-                    self.optimiser.state[parameter] = {
-                        "step": torch.tensor(float(step)),
-                        "exp_avg": tensors[f"exp_avg.{name}"].to(self.device),
-                        "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(self.device),
-                    }
+                    averages = {key: tensors[f"{key}.{name}"].to(self.device) for key in ("exp_avg", "exp_avg_sq")}
+                    for key, average in averages.items():
+                        if (average.shape, average.dtype) != (parameter.shape, parameter.dtype):
+                            wanted = f"{parameter.dtype} {tuple(parameter.shape)}"
+                            raise TrainingError(expected(f"{path}: {key}.{name}", wanted, (average.dtype, tuple(average.shape))))
+                    self.optimiser.state[parameter] = {"step": torch.tensor(float(step)), **averages}
         except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
             if isinstance(error, TrainingError):
                 raise
