@@ -12,13 +12,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from advrad_fast import __version__
-from advrad_fast.cli import backends, bench, compilation, demo, evaluation, inspection, stream, train
+from advrad_fast.cli import backends, bench, certification, compilation, demo, evaluation, inspection, stream, train
 from advrad_fast.cli.common import FAILED, FOUND, OK, say
 from advrad_fast.errors import AdvRADError
 
 __all__ = ["FAILED", "FOUND", "OK", "main"]
 
-COMMANDS = (train, inspection, stream, evaluation, compilation, bench, backends, demo)  #: in the order of ``--help``
+#: In the order of ``--help``.
+COMMANDS = (train, inspection, stream, certification, evaluation, compilation, bench, backends, demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -167,7 +167,7 @@ def _alarm(categories: Sequence[Category]) -> Node | None:
     if not broken:
         return None
     text = f"The attack broke a sanity rule on {', '.join(broken)}: the robust figures there are not to be trusted."
-    return tag("p", text, class_="alarm", role="alert")
+    return tag("p", text, class_="alarm")
 
 
 def _over(categories: Sequence[Category], key: str, name: str | None = None) -> str:
@@ -196,7 +196,12 @@ def _tiles(categories: Sequence[Category]) -> Node:
     if (pixel := _mean(categories, "pixel_auroc")) is not None:
         aupro = _mean(categories, "aupro")
         tiles.append(
-            tile("Pixel AUROC", percent(pixel), f"AUPRO {percent(aupro)}" if aupro else "", _over(categories, "pixel_auroc"))
+            tile(
+                "Pixel AUROC",
+                percent(pixel),
+                "" if aupro is None else f"AUPRO {percent(aupro)}",
+                _over(categories, "pixel_auroc"),
+            )
         )
     for name in headline("robust_auroc", ("linf 2/255", "l2 0.2")):
         value = percent(_mean(categories, "robust_auroc", name))
@@ -284,16 +289,10 @@ def _curves(categories: Sequence[Category]) -> Node:
                 lines.append(Line(name, _corners(curve.fpr, curve.tpr), number % COLOURS))
         drawing = chart(lines, x_label="false alarms, %", y_label="defects found, %", x_percent=True, chance=True)
         plots.append(tag("figure", tag("figcaption", f"{category.name}: ROC"), drawing))
-    for norm in sorted({budget_size(name)[0] for name in budgets(categories, "robust_auroc")}):
-        found = [
-            _along(
-                category,
-                "robust_auroc",
-                norm,
-                start=category.figures.get("attacked_clean_auroc", category.figures["image_auroc"]),
-            )
-            for category in categories
-        ]
+    sizes = [budget_size(name) for name in budgets(categories, "robust_auroc")]
+    for norm in sorted({norm for norm, size in sizes if size >= 0.0}):  # not NaN
+        starts = [c.figures.get("attacked_clean_auroc", c.figures["image_auroc"]) for c in categories]
+        found = [_along(c, "robust_auroc", norm, start) for c, start in zip(categories, starts, strict=True)]
         plots.append(_against(categories, found, f"AUROC against the {norm} budget", f"{norm} budget, of a pixel range of 1"))
     if budgets(categories, "certified_auroc"):
         found = [_along(category, "certified_auroc", "") for category in categories]
@@ -321,13 +320,13 @@ def _along(category: Category, key: str, norm: str, start: float | None = None) 
 def _against(categories: Sequence[Category], found: Sequence[list[tuple[float, float]]], title: str, label: str) -> Node:
     """A line a category; with many of them quiet ones, and their mean where all have a point."""
     pairs = [(c.name, points) for c, points in zip(categories, found, strict=True) if points]
-    many = len(pairs) > COLOURS
+    many = len(pairs) >= COLOURS  # the mean has a colour too
     lines = [Line(name, points, None if many else i, marks=not many) for i, (name, points) in enumerate(pairs)]
     if len(pairs) > 1:
         shared = sorted(set.intersection(*({x for x, _ in points} for _, points in pairs)))
         middle = [(x, fmean(dict(points)[x] for _, points in pairs)) for x in shared]
         if middle:
-            lines.append(Line("mean", middle, 0 if many else min(len(pairs), COLOURS - 1), marks=True))
+            lines.append(Line("mean", middle, 0 if many else len(pairs), marks=True))
     x_max = max((x for _, points in pairs for x, _ in points), default=0.0) or 1.0
     return tag("figure", tag("figcaption", title), chart(lines, x_label=label, y_label="AUROC, %", x_max=x_max))
 
