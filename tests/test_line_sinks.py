@@ -9,18 +9,19 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from streams import Memory, detector, frames
+from streams import Memory, detector, frames, wait_until
 
 from advrad_fast import ConfigError, Detector, Outcome
 from advrad_fast.errors import SinkError
 from advrad_fast.line import Backoff, InspectionStream, StreamInspection
 from advrad_fast.line.results import ROW_KEYS
-from advrad_fast.line.sinks import Callback, Delivery, JsonLines, Sqlite
+from advrad_fast.line.sinks import Background, Callback, Delivery, JsonLines, Sqlite
 
 AT_ONCE = Backoff(first=1e-9, cap=1e-9)
 
@@ -197,6 +198,40 @@ def test_a_callback_gets_everything_and_may_fail(model: Detector) -> None:
         Callback("function")  # type: ignore[arg-type]
 
 
+def test_a_sink_that_hangs_in_the_background_holds_up_nothing(model: Detector) -> None:
+    hang, sink = threading.Event(), Memory(fail=lambda result: not hang.wait(60.0))
+    background = Background(sink, waiting=3, closing_s=0.05)
+    with InspectionStream(model, frames(5), sinks=[background]) as stream:
+        results = list(stream)
+        status = stream.status.sinks[0]
+        assert (status.taken, status.waiting, status.lost) == (0, 3, 2)
+        assert [len(r.unstored) for r in results] == [0, 0, 0, 1, 1]
+    (problem,) = stream.close()
+    assert "did not take 3 results within 0.05 s" in str(problem)
+    assert stream.status.sinks[0].lost == 5
+    hang.set()
+
+
+def test_the_background_brings_all_in_order_and_waits_at_the_end(model: Detector) -> None:
+    refused = [0]
+
+    def fail(result: StreamInspection) -> bool:
+        refused[0] += 1
+        return refused[0] <= 2
+
+    sink = Memory(fail=fail)
+    with InspectionStream(model, frames(20), sinks=[Background(sink)]) as stream:
+        wanted = [result.sequence for result in stream]
+        wait_until(lambda: stream.status.sinks[0].waiting == 0)  # offered again though nothing new comes
+    assert stream.close() == ()
+    assert [r.sequence for r in sink.taken] == wanted and sink.closed == 1
+    status = stream.status.sinks[0]
+    assert (status.taken, status.failures, status.waiting, status.lost) == (20, 2, 0, 0)
+    for arguments in ({"sink": print}, {"sink": sink, "waiting": 0}):
+        with pytest.raises(ConfigError, match="expected"):
+            Background(**arguments)
+
+
 _WRITER = """
 import sys
 from streams import detector, frames
@@ -212,7 +247,7 @@ with InspectionStream(detector(), lambda: frame, policy="queue", maps=False, sin
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "jsonl"])
-@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_no_acknowledged_row_is_lost_to_kill_9(tmp_path: Path, kind: str, kills: int) -> None:
     path, chance = tmp_path / "out", random.Random(1)
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}  # noqa: PTH120

@@ -119,7 +119,12 @@ class Reader:
         self._process = os.getpid()
 
     def start(self) -> None:
-        """Start to read; once."""
+        """Start to read; once.
+
+        Raises:
+            SourceError: this is a forked child: the threads that read stayed behind.
+        """
+        self._check_process()
         with self._changed:
             if self._attempt is None and not self._stopped:
                 self._begin_attempt(0.0)
@@ -128,10 +133,9 @@ class Reader:
         """The next event; waits for it.  None once the source has ended and all is taken, or after :meth:`stop`.
 
         Raises:
-            SourceError: this is a forked child: the threads that read stayed behind.
+            SourceError: as for :meth:`start`.
         """
-        if self._is_forked():
-            raise SourceError(f"{self._source.name}: a stream does not survive a fork: make it in the process that uses it")
+        self._check_process()
         with self._changed:
             while not self._stopped:
                 if self._events:
@@ -152,7 +156,7 @@ class Reader:
     def stop(self) -> None:
         """Take no further frames; what waits is dropped.  Safe in a signal handler, and from any thread."""
         self._stopped = True
-        if self._is_forked():  # the lock may be held for ever
+        if self.is_forked:  # the lock may be held for ever
             return
         with self._changed:
             self._connected = False
@@ -162,13 +166,18 @@ class Reader:
     def join(self) -> None:
         """Wait for the threads to end, ``STOPPING`` seconds at most: one may hang."""
         end = time.monotonic() + STOPPING
-        for thread in [] if self._is_forked() else list(self._threads.values()):
+        for thread in [] if self.is_forked else list(self._threads.values()):
             if thread is not threading.current_thread():
                 thread.join(max(0.0, end - time.monotonic()))
 
     @property
     def status(self) -> ReaderStatus:
-        """Counts."""
+        """Counts.
+
+        Raises:
+            SourceError: as for :meth:`start`.
+        """
+        self._check_process()
         with self._changed:
             return ReaderStatus(
                 read=self._sequence,
@@ -179,8 +188,14 @@ class Reader:
                 connected=self._connected and not self._ended,
             )
 
-    def _is_forked(self) -> bool:
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a child of the process that made the reader."""
         return os.getpid() != self._process
+
+    def _check_process(self) -> None:
+        if self.is_forked:
+            raise SourceError(f"{self._source.name}: a stream does not survive a fork: make it in the process that uses it")
 
     # What follows is called with the lock held.
 

@@ -19,8 +19,9 @@ from advrad_fast.detector import Detector, Inspection, Outcome
 from advrad_fast.errors import AdvRADError, ConfigError, InferenceError, SinkError, expected
 from advrad_fast.line.backoff import Backoff
 from advrad_fast.line.frames import as_source
-from advrad_fast.line.reader import Event, Reader, ReaderSettings
+from advrad_fast.line.reader import STOPPING, Event, Reader, ReaderSettings
 from advrad_fast.line.results import StreamInspection
+from advrad_fast.line.sinks.background import Background
 from advrad_fast.line.sinks.base import Sink
 from advrad_fast.line.sinks.delivery import Delivery, SinkStatus
 
@@ -76,7 +77,7 @@ class InspectionStream:
         policy: ``newest``: a frame that is still waiting when the next one comes is dropped and counted.  ``queue``: none is
             dropped, the source has to wait.  ``auto``: newest for live sources, queue for others.
         sinks: where results go, in this order; closed with the stream.  One that fails does not stop the inspection: see
-            ``StreamInspection.unstored`` and :attr:`status`.
+            ``StreamInspection.unstored`` and :attr:`status`.  One that may be slow or hang belongs into a ``Background``.
         maps: also compute anomaly maps and masks.
         capacity: frames that may wait with the policy ``queue``.
         open_timeout_ms: how long opening the source may take.
@@ -95,7 +96,7 @@ class InspectionStream:
         *,
         deadline_ms: float | None = 1000.0,
         policy: Policy = "auto",
-        sinks: Sequence[Sink] = (),
+        sinks: Sequence[Sink | Background] = (),
         maps: bool = True,
         capacity: int = 8,
         open_timeout_ms: float = 10_000.0,
@@ -116,13 +117,15 @@ class InspectionStream:
             backoff=backoff or Backoff(),
         )
         for sink in sinks:
-            if not isinstance(sink, Sink):
+            if not isinstance(sink, Sink | Background):
                 raise ConfigError(expected("sinks", "sinks of advrad_fast.line.sinks", type(sink)))
-        self._deliveries = [Delivery(sink) for sink in sinks]
+        self._deliveries = [sink if isinstance(sink, Background) else Delivery(sink) for sink in sinks]
         self._reader = Reader(self._source, settings)
         self._run = f"{time.time_ns():x}-{secrets.token_hex(4)}"
         self._outcomes: Counter[Outcome] = Counter()
         self._lock, self._closing = threading.Lock(), threading.Lock()
+        self._idle = threading.Condition()
+        self._busy: set[int] = set()  # threads in __next__
         self._closed = False
         self._problems: tuple[SinkError, ...] = ()
         _open.add(self)
@@ -169,9 +172,20 @@ class InspectionStream:
             SourceError: this is a forked child of the process that made the stream.
         """
         self._reader.start()
-        event = self._reader.get()
-        if event is None:
-            raise StopIteration
+        me = threading.get_ident()
+        with self._idle:
+            self._busy.add(me)
+        try:
+            event = self._reader.get()
+            if event is None:
+                raise StopIteration
+            return self._handle(event)
+        finally:
+            with self._idle:
+                self._busy.discard(me)
+                self._idle.notify_all()
+
+    def _handle(self, event: Event) -> StreamInspection:
         result = self._inspect(event)
         with self._lock:
             self._outcomes[result.outcome] += 1
@@ -186,13 +200,20 @@ class InspectionStream:
         self._reader.stop()
 
     def close(self) -> tuple[SinkError, ...]:
-        """Stop, wait a second at most for a read that hangs, offer the sinks what they have not taken, and close them.
+        """Stop, wait for reads and inspections to end, a second at most each, offer the sinks what they have not taken, and close
+        them.
+
+        In a forked child of the process that made the stream this does nothing.
 
         Returns:
             What went wrong in the sinks' last attempt; the counts are in :attr:`status`.
         """
         self._reader.stop()
+        if self._reader.is_forked:  # the sinks' files and connections are the parent's
+            return ()
         self._reader.join()
+        with self._idle:
+            self._idle.wait_for(lambda: not self._busy - {threading.get_ident()}, STOPPING)
         with self._closing:
             if not self._closed:
                 self._closed = True
@@ -234,7 +255,7 @@ _open: weakref.WeakSet[InspectionStream] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """A read must not return into an interpreter that is being taken apart."""
+    """A read or an inspection must not return into an interpreter that is being taken apart: that ends the process by abort."""
     for stream in list(_open):
         stream.close()
 

@@ -67,6 +67,13 @@ class Delivery:
             self._keep(result)
             return self._error
 
+    def offer_again(self) -> SinkError | None:
+        """Offer what waits, unless the sink's pause is not over; the error that keeps it waiting."""
+        with self._lock:
+            if time.monotonic() >= self._not_before:
+                self._offer_waiting()
+            return self._error if self._waiting else None
+
     def close(self) -> SinkError | None:
         """Offer what waits a last time and close the sink; never raises."""
         with self._lock:
