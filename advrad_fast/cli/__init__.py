@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from advrad_fast import __version__
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"advrad-fast: {error}")
     except KeyboardInterrupt:
         say("advrad-fast: interrupted")
+    except Exception as error:  # Python's own exit code for it is 1, which says that a defect was found
+        traceback.print_exc()
+        say(f"advrad-fast: {type(error).__name__}, which is a bug or a lack of memory")
     return FAILED
 
 
