@@ -76,7 +76,8 @@ class Inspection:
 class Detector:
     """Scores frames against a model of good parts.  Thread-safe: share one among threads.
 
-    A result is a function of the frame and the seed, not of batch, order or thread.
+    A result is a function of the frame and the seed, not of batch, order or thread.  Processes load their own: spawned, or forked
+    before OpenVINO was loaded; in a child forked later, :meth:`inspect` raises InferenceError where OpenVINO would hang.
 
     Args:
         model: a model file's contents.

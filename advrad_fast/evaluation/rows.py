@@ -77,7 +77,7 @@ class AttackRow:
             through resizing and the alignment of the part.
         outcome: of :meth:`advrad_fast.Detector.inspect` on the uint8 image: OK, DEFECT or ABSTAIN.
         score: the score of that inspection, with noise that the attacker has not seen; None for ABSTAIN.
-        score_float: the mean score over fresh noise of the image before it was rounded to uint8; None where there is none.
+        score_float: the score, with the same noise, of the attacked image before it was rounded to uint8; None for clean.
         threshold: the detector's.
         linf, l2: the distance of the uint8 image from the original, in [0, 1] units.
         steps, eot, restarts: the attack's settings; 0 where they have no meaning.  For ``square``, ``steps`` are queries.
