@@ -125,7 +125,7 @@ def test_means_say_what_they_are_over() -> None:
     clean = np.mean([c.figures["image_auroc"] for c in (first, second, bare)])
     robust = np.mean([c.figures["robust_auroc"]["linf 2/255"] for c in (first, second)])
     assert f"Image AUROC {percent(clean)} mean of 3 of 3 categories" in text
-    assert f"Robust AUROC, linf 2/255 {percent(robust)} under attack; mean of 2 of 3 categories" in text
+    assert f"Robust AUROC, linf 2/255 {percent(robust)} under attack, 82 of 82 images; mean of 2 of 3 categories" in text
     assert f"robust AUROC, linf 2/255 MVTec AD, mean of 15 81.1 {percent(robust)} mean of 2 of 3 categories" in text
     assert "certified AUROC, l2 radius 0.2 MVTec AD, grid 98.2 81.00" in text
     assert "The attack broke a sanity rule on screw, grid: the robust figures there are not to be trusted." in text
@@ -289,7 +289,8 @@ def test_an_attack_is_shown_beside_the_clean_images(tmp_path: Path, pose: PoseCo
     assert made.settings["Attack"]["attacks"] == "['pgd', 'square']"
     target = report.write(tmp_path / "out", made)
     assert load(tmp_path / "out") == [made]
-    assert "violated" in text_of(target.read_bytes())
+    text = " ".join(text_of(target.read_bytes()).split())
+    assert "violated" in text and "under attack, 4 of 8 images" in text and "4 of 8 Beside the paper" in text
 
 
 def test_an_attack_without_pictures(tmp_path: Path) -> None:

@@ -130,6 +130,11 @@ class Category:
         labels, values = self.scores(budget, defect)
         return metrics.auroc(labels, values) if 0 < labels.sum() < labels.size else None
 
+    @property
+    def attacked(self) -> int:
+        """How many of the images have been attacked."""
+        return sum(bool(s.attacked) for s in self.samples)
+
     def defects(self) -> list[str]:
         """The kinds of defect, in order."""
         return sorted({s.defect for s in self.samples if s.label == 1})

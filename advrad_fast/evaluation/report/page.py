@@ -205,7 +205,9 @@ def _tiles(categories: Sequence[Category]) -> Node:
         )
     for name in headline("robust_auroc", ("linf 2/255", "l2 0.2")):
         value = percent(_mean(categories, "robust_auroc", name))
-        tiles.append(tile(f"Robust AUROC, {name}", value, "under attack", _over(categories, "robust_auroc", name)))
+        had = [c for c in categories if _figure(c, "robust_auroc", name) is not None]
+        part = f"under attack, {sum(c.attacked for c in had)} of {sum(len(c.samples) for c in had)} images"
+        tiles.append(tile(f"Robust AUROC, {name}", value, part, _over(categories, "robust_auroc", name)))
     for name in headline("certified_auroc", ("0.2",)):
         value = percent(_mean(categories, "certified_auroc", name))
         tiles.append(tile(f"Certified, l2 radius {name}", value, "AUROC at least", _over(categories, "certified_auroc", name)))
@@ -225,7 +227,8 @@ def _figures(categories: Sequence[Category]) -> Node:
         ("pixel AUROC", lambda c: _figure(c, "pixel_auroc")),
         ("AUPRO", lambda c: _figure(c, "aupro")),
     ]
-    for name in budgets(categories, "robust_auroc"):
+    robust = budgets(categories, "robust_auroc")
+    for name in robust:
         columns.append((f"robust, {name}", lambda c, n=name: _figure(c, "robust_auroc", n)))  # type: ignore[misc]
     for name in budgets(categories, "certified_auroc"):
         columns.append((f"certified, r = {name}", lambda c, n=name: _figure(c, "certified_auroc", n)))  # type: ignore[misc]
@@ -237,15 +240,16 @@ def _figures(categories: Sequence[Category]) -> Node:
         first, *others = (read(c) for _, read in columns)
         counts = [_count(f["n_good"]), _count(f["n_bad"])]
         ends = [_share(f["defects_found"], f["n_bad"]), _share(f["false_alarms"], f["n_good"]), _count(f["abstained"])]
+        ends += [_share(c.attacked, len(c.samples))] if robust else []
         return [tag("th", c.name, scope="row"), *counts, first, interval, *others, *ends]
 
     heads = ["category", "good", "defective", columns[0][0], "95 % interval", *(name for name, _ in columns[1:])]
-    heads += ["defects found", "false alarms", "abstained"]
+    heads += ["defects found", "false alarms", "abstained", *(["attacked"] if robust else [])]
     foot: list[Cell] | None = None
     if len(categories) > 1:
         first, *others = (mean(read(c) for c in categories) for _, read in columns)
         counts = [_count(sum(c.figures[key] for c in categories)) for key in ("n_good", "n_bad")]
-        foot = [tag("th", "mean", scope="row"), *counts, first, "", *others, "", "", ""]
+        foot = [tag("th", "mean", scope="row"), *counts, first, "", *others, *[""] * (4 if robust else 3)]
     note = (
         "In percent. Intervals are over the draw of the images. F1max is at the threshold that is best for these labels, so it "
         "is an upper bound. A mean is over the categories that have the figure."
