@@ -318,9 +318,20 @@ def _row(
 
     clean, s = common["attack"] == CLEAN, attacker.settings
     steps = 0 if clean else s.queries if common["attack"] == "square" else s.steps
-    how = {"steps": steps, "eot": 0 if clean else s.eot, "restarts": s.restarts if common["attack"] in ("pgd", "transfer") else 0}
+    how: dict[str, Any] = {
+        "steps": steps,
+        "eot": 0 if clean else s.eot,
+        "restarts": s.restarts if common["attack"] in ("pgd", "transfer") else 0,
+    }
     if lattice is None:  # the part was not found: it is not passed, whatever an attacker does to the prepared image
-        nothing = {"outcome": "ABSTAIN", "score": None, "score_float": None, "linf": 0.0, "l2": 0.0, "seconds": 0.0}
+        nothing: dict[str, Any] = {
+            "outcome": "ABSTAIN",
+            "score": None,
+            "score_float": None,
+            "linf": 0.0,
+            "l2": 0.0,
+            "seconds": 0.0,
+        }
         return AttackRow(**common, **how, **nothing)
     # Not the attacker's: another branch of the hash.
     seed = seed_from(s.seed, "inspection", common["image"])

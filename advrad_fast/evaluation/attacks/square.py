@@ -122,8 +122,8 @@ def _bump(side: int, g: torch.Generator) -> Tensor:
         weights = torch.cumsum(1.0 / (torch.arange(most + 1, 0, -1).double() ** 2), dim=0)
         return torch.take(weights, reach.clamp_max(most)).float()
 
-    eta = torch.where(y < half, pyramid(half, y.clamp_max(half - 1)), -pyramid(side - half, (y - half).clamp_min(0)))
-    eta = eta / norms(eta[None]).float()
+    eta: Tensor = torch.where(y < half, pyramid(half, y.clamp_max(half - 1)), -pyramid(side - half, (y - half).clamp_min(0)))
+    eta = eta / norms(eta[None]).to(eta)
     return eta.T.contiguous() if bool(torch.randint(0, 2, (), generator=g)) else eta
 
 
