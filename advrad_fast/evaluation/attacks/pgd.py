@@ -53,7 +53,7 @@ class PGD:
     def step_size(self, index: int) -> float:
         """The share of the budget that step ``index`` takes."""
         share = index / max(self.steps - 1, 1)
-        return self.first_step * (self.last_step / self.first_step) ** share
+        return float(self.first_step * (self.last_step / self.first_step) ** share)
 
 
 def pgd(

@@ -102,7 +102,7 @@ class ScorePipeline:
         maps: Tensor = score.from_outputs(
             x, x_k, outputs.float(), self.draws, self.mu, self.inverse_spread, self.config.score, c
         )[1]
-        return maps.unflatten(0, (-1, count))
+        return maps.reshape(-1, count, *maps.shape[1:])
 
     def scores(self, images: Tensor, noise: Tensor) -> Tensor:
         """The score for each set of draws: (N, M)."""
