@@ -55,12 +55,11 @@ def run(options: argparse.Namespace, dataset: Any, detector: Any) -> Any:
     folder = options.report or Path()
     results = options.results or folder / f"{options.model.stem}-{dataset.name}.robust.jsonl"
     model, prepared = detector.model, None
+    extra = {"precision": options.precision, "threads": options.threads, "cache_dir": options.cache}
+    given_extra: dict[str, Any] = {key: value for key, value in extra.items() if value is not None}
+    setup = partial(Detector, prepared_model(model), backend=options.backend, **given_extra)
     if model.config.image.pose is not None or model.config.image.brightness is not None:
-        extra = {"precision": options.precision, "threads": options.threads, "cache_dir": options.cache}
-        prepared = partial(Detector, prepared_model(model), backend=options.backend)(
-            **{key: value for key, value in extra.items() if value is not None}
-        )
-        prepared.threshold = detector.threshold
+        prepared = setup()
     if ("transfer" in settings.attacks) != (options.transfer_model is not None):
         raise ConfigError("--transfer-model: expected a model file exactly where 'transfer' is among --attacks")
     other = None if options.transfer_model is None else ModelFile.load(options.transfer_model)
@@ -75,6 +74,8 @@ def run(options: argparse.Namespace, dataset: Any, detector: Any) -> Any:
         device=options.device,
         keep=options.report is not None,
         on_step=_Eta(),
+        ray=options.ray,
+        setup=setup,
     )
     say(f"rows: {results}")
     return Attack(rows, summary, results.parent)

@@ -15,8 +15,9 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from advrad_fast.evaluation.rows import (
     read_rows,
     robust_figures,
 )
+from advrad_fast.evaluation.spread import map_tasks
 from advrad_fast.model import ModelFile
 
 ATTACKS = ("pgd", "square", "transfer")
@@ -109,6 +111,8 @@ def evaluate_robust(
     device: str = "cpu",
     keep: bool = False,
     on_step: Callable[[int, int], None] | None = None,
+    ray: str | None = None,
+    setup: Callable[[], Detector] | None = None,
 ) -> tuple[list[AttackRow], RobustSummary]:
     """Attack the test set; rows that ``results`` holds already are not computed again.
 
@@ -121,6 +125,9 @@ def evaluate_robust(
         device: PyTorch's, for the attacks.
         keep: also keep attacked images as PNG, in a folder beside ``results``.
         on_step: called with (rows there are, rows there will be).
+        ray: the address of a Ray cluster to spread the attacks over (:mod:`advrad_fast.evaluation.spread`).  Rows are written
+            here, as they come.  Workers run one thread; the rows are those that one thread computes here.
+        setup: makes ``prepared`` in a worker; needed with ``ray``.
 
     Returns:
         The run's rows and its summary, whose ``sanity`` says whether the rules hold (:func:`check_sanity`).
@@ -144,27 +151,35 @@ def evaluate_robust(
     attacker = _Attacker(detector.model, other, settings, device)
     wanted = [(NO_BUDGET, CLEAN), *((b, a) for b in settings.budgets for a in settings.attacks)]
     done = {row.key: row for row in read_rows(results, run)}
-    rows: list[AttackRow] = []
-    results.parent.mkdir(parents=True, exist_ok=True)
-    for sample in samples:
-        shown = sample_name(sample.path)
-        lattice: NDArray[np.uint8] | None = None
-        for budget, attack in wanted:
-            surface = "prepared"
-            row = done.get((run, shown, budget, attack, surface))
-            if row is None:
-                began = time.perf_counter()
-                lattice = _lattice(sample, detector) if lattice is None else lattice
+    if ray is not None and setup is None:
+        raise ConfigError(expected("setup", "a function that makes the detector in a worker, as ray is given", setup))
+    keys = [(s, b, a, (run, sample_name(s.path), b, a, "prepared")) for s in samples for b, a in wanted]
+
+    def tasks() -> Iterator[_Task]:
+        at, lattice = None, None
+        for sample, budget, attack, key in keys:
+            if key not in done:
+                if sample is not at:
+                    at, lattice = sample, _lattice(sample, detector)
                 common = {
-                    "run": run, "model": name, "data": dataset.name, "image": shown,
-                    "label": sample.label, "defect": sample.defect, "budget": budget, "attack": attack, "surface": surface,
+                    "run": run, "model": name, "data": dataset.name, "image": sample_name(sample.path),
+                    "label": sample.label, "defect": sample.defect, "budget": budget, "attack": attack, "surface": "prepared",
                     "threshold": detector.threshold, "seed": settings.seed,
                 }  # fmt: skip
-                row = _row(attacker, prepared, lattice, common, results if keep else None, began)
-                append_row(results, row)
-            rows.append(row)
-            if on_step is not None:
-                on_step(len(rows), len(wanted) * len(samples))
+                yield _Task(common, lattice)
+
+    results.parent.mkdir(parents=True, exist_ok=True)
+    make = partial(_worker, setup, detector.model, other, settings, device) if ray and setup else lambda: (attacker, prepared)
+    there = sum(key in done for *_, key in keys)
+    for _, (row, attacked) in map_tasks(_attack, tasks(), setup=make, ray=ray):
+        if keep and attacked is not None:
+            row = dataclasses.replace(row, file=_keep(row, attacked, results))
+        append_row(results, row)
+        done[row.key] = row
+        there += 1
+        if on_step is not None:
+            on_step(there, len(keys))
+    rows = [done[key] for *_, key in keys]
     figures = robust_figures(rows)
     chosen = [s for label in (0, 1) for s in [s for s in samples if s.label == label][: settings.sanity]]
     summary = RobustSummary(
@@ -305,17 +320,27 @@ class _Attacker:
         ]
 
 
-def _row(
-    attacker: _Attacker,
-    detector: Detector,
-    lattice: NDArray[np.uint8] | None,
-    common: dict[str, Any],
-    keep: Path | None,
-    began: float,
-) -> AttackRow:
-    """One image under one attack: the row."""
+@dataclass(frozen=True)
+class _Task:
+    """One image under one attack: what its row says of it beforehand, and the prepared image (None: the part was not found)."""
+
+    common: dict[str, Any]
+    lattice: NDArray[np.uint8] | None
+
+
+def _worker(
+    setup: Callable[[], Detector], model: ModelFile, other: ModelFile | None, settings: RobustSettings, device: str
+) -> tuple[_Attacker, Detector]:
+    """What a worker keeps from task to task."""
+    return _Attacker(model, other, settings, device), setup()
+
+
+def _attack(state: tuple[_Attacker, Detector], task: _Task) -> tuple[AttackRow, NDArray[np.uint8] | None]:
+    """The row, without a file, and the attacked image: a function of the task and of what the worker was made from."""
     from advrad_fast.evaluation.attacks.pipeline import seed_from
 
+    (attacker, detector), common, lattice = state, task.common, task.lattice
+    began = time.perf_counter()
     clean, s = common["attack"] == CLEAN, attacker.settings
     steps = 0 if clean else s.queries if common["attack"] == "square" else s.steps
     how: dict[str, Any] = {
@@ -332,7 +357,7 @@ def _row(
             "l2": 0.0,
             "seconds": 0.0,
         }
-        return AttackRow(**common, **how, **nothing)
+        return AttackRow(**common, **how, **nothing), None
     # Not the attacker's: another branch of the hash.
     seed = seed_from(s.seed, "inspection", common["image"])
     final, score_float = lattice, None
@@ -344,14 +369,7 @@ def _row(
         score_float = float(pipeline.scores(attacked.images, pipeline.detector_noise(seed))[0, 0])
     result: Inspection = detector.inspect(final, maps=False, seed=seed)
     change = np.abs(final.astype(np.float64) - lattice) / 255.0
-    file = None
-    if keep is not None and not clean:
-        slug = "".join(c if c.isalnum() else "-" for c in f"{common['budget']} {common['attack']} {common['image']}")
-        path = keep.with_suffix(".images") / common["run"] / f"{slug}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(final[..., 0] if final.shape[2] == 1 else final).save(path)
-        file = str(path.relative_to(keep.parent))
-    return AttackRow(
+    row = AttackRow(
         **common,
         **how,
         outcome=str(result.outcome),
@@ -360,8 +378,17 @@ def _row(
         linf=float(change.max()),
         l2=float(np.sqrt(np.square(change).sum())),
         seconds=round(time.perf_counter() - began, 3),
-        file=file,
     )
+    return row, None if clean else final
+
+
+def _keep(row: AttackRow, image: NDArray[np.uint8], results: Path) -> str:
+    """Write an attacked image, and say where, seen from the results' folder."""
+    slug = "".join(c if c.isalnum() else "-" for c in f"{row.budget} {row.attack} {row.image}")
+    path = results.with_suffix(".images") / row.run / f"{slug}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(path)
+    return str(path.relative_to(results.parent))
 
 
 def _lattice(sample: Sample, detector: Detector) -> NDArray[np.uint8] | None:
