@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino as ov
 
 from advrad_fast.backends import cache
 from advrad_fast.backends.base import Array
+from advrad_fast.backends.telemetry import no_telemetry
 from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import BackendUnavailableError, InferenceError
 from advrad_fast.graph import GRAPH_VERSION, build_graph
+
+with no_telemetry():
+    import openvino as ov
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +111,8 @@ def quantise(config: DetectorConfig, weights: Mapping[str, Array], inputs: Seque
         BackendUnavailableError: nncf is not installed, or the cache cannot be written.
     """
     try:
-        import nncf
+        with no_telemetry():
+            import nncf
     except ModuleNotFoundError as error:
         raise BackendUnavailableError("cpu: int8 needs nncf: pip install 'advrad-fast[int8]'") from error
     model = _read(ov.Core(), config, weights, _size(config, batch))
