@@ -1,4 +1,4 @@
-# make test | check | demo | clean.  Everything goes into virtual environments here; stamps make repeat runs quick.
+# make test | check | demo | fuzz | soak | clean.  Everything goes into virtual environments here; stamps make repeat runs quick.
 PYTHON ?= python3
 VENV := .venv
 DEMO := .venv-demo
@@ -6,7 +6,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 BUILD := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 SOURCES := $(shell find advrad_fast kernels -name '*.py' -o -name '*.pyi' -o -path 'advrad_fast/data/*' -type f)
 
-.PHONY: test check demo clean
+.PHONY: test check demo fuzz soak clean
 
 # pycuda is for the tests of the GPU's launch path; where it can't be built they are skipped.
 test: $(VENV)/.stamp
@@ -18,6 +18,13 @@ check: $(VENV)/.stamp
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy kernels
+
+# Hostile input, 355,000 cases, and 100,000 frames in one process: docs/reliability.md.  Neither is quick.
+fuzz: $(VENV)/.stamp
+	$(VENV)/bin/python -m pytest -q -m slow tests/fuzz
+
+soak: $(VENV)/.stamp
+	$(VENV)/bin/python -m pytest -q -s -m slow tests/test_soak.py
 
 # The torch-free runtime, installed as a user would, plus the demo's images.
 demo: $(DEMO)/.stamp

@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino as ov
 
 from advrad_fast.backends import cache
 from advrad_fast.backends.base import Array
+from advrad_fast.backends.telemetry import no_telemetry
 from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import AdvRADError, BackendUnavailableError, InferenceError
 from advrad_fast.graph import GRAPH_VERSION, build_graph
+
+with no_telemetry():
+    import openvino as ov
 
 _log = logging.getLogger(__name__)
 
@@ -152,7 +155,8 @@ def quantise(config: DetectorConfig, weights: Mapping[str, Array], inputs: Seque
         BackendUnavailableError: nncf is not installed, or the cache cannot be written.
     """
     try:
-        import nncf
+        with no_telemetry():
+            import nncf
     except ModuleNotFoundError as error:
         raise BackendUnavailableError("cpu: int8 needs nncf: pip install 'advrad-fast[int8]'") from error
     _check_process(BackendUnavailableError)

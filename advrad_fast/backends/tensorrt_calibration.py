@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from advrad_fast.backends import cache
 from advrad_fast.backends.base import Array
+from advrad_fast.backends.telemetry import no_telemetry
 from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import ConfigError, expected
 from advrad_fast.graph import GRAPH_VERSION
@@ -58,7 +59,9 @@ def collect_ranges(config: DetectorConfig, weights: Mapping[str, Array], inputs:
         ModelFileError: the weights are not this config's.
     """
     import onnx
-    import openvino as ov
+
+    with no_telemetry():
+        import openvino as ov
 
     image = config.image
     shape = (image.channels, image.height, image.width)
