@@ -13,6 +13,7 @@
     ├── CalibrationError        (ValueError)    too few normal scores for the promise asked for
     ├── DatasetError            (ValueError)    a folder does not hold what its layout needs
     ├── ReportError             (ValueError)    a report's folder holds a file that is not a report's data
+    ├── AttackError             (RuntimeError)  an attack broke a sanity rule: its figures mean nothing
     ├── TrainingError           (RuntimeError)  training cannot start, go on or resume
     ├── SpreadError             (RuntimeError)  a cluster can't be used, or its workers died
     ├── BackendUnavailableError (RuntimeError)  no usable backend; the message has each one's reason
@@ -69,6 +70,10 @@ class DatasetError(AdvRADError, ValueError):
 
 class ReportError(AdvRADError, ValueError):
     """A report's folder holds a file that is not a report's data, or not of this version."""
+
+
+class AttackError(AdvRADError, RuntimeError):
+    """An attack broke a rule that every sound attack keeps: figures of robustness made with it mean nothing."""
 
 
 class TrainingError(AdvRADError, RuntimeError):

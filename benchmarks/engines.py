@@ -43,8 +43,7 @@ Each engine has two profiles, for batches of 1 and 16 frames of 256 x 256. *CPU*
 system, on the machine that ran this: {machine}. It has no GPU, so TensorRT-RTX times no kernels; it compiles them for the GPU at
 hand when an engine is loaded for the first time. *Weights* and *activations* are the memory that the builder states ("Total
 Weights Memory", "Total Activation Memory"): on the GPU an engine takes its weights once, and one batch's activations for each
-thread that runs it.
-"""
+thread that runs it."""
 
 NUMBERS = """
 ## Numbers
@@ -108,7 +107,7 @@ def built(network: Network, precision: TypedPrecision, target: str, ranges: Mapp
             network.config, network.weights, target=target, precision=precision, batches=BATCHES, calibration=ranges
         )
     except BackendUnavailableError as error:
-        return f"| {precision} | {target} | not built: {str(error).rpartition(': ')[2].strip()} | | | | |"
+        return f"| {precision} | {target} | not built: {str(error).rpartition(': ')[2].partition('. ')[0]} | | | | |"
     finally:
         log.removeHandler(said)
     end = os.times()

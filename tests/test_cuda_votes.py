@@ -13,7 +13,8 @@ from gpu_emulation.driver import Code, FakeDriver
 from test_cuda import FRAME, INVERSE_SPREAD, MU, engine, frames, settings, weights_of  # noqa: F401  # a fixture
 
 from advrad_fast.backends.cpu_votes import CpuVotes
-from advrad_fast.backends.cuda_votes import CudaVotes
+from advrad_fast.backends.cuda import CudaBackend
+from advrad_fast.backends.cuda_votes import BATCH, CudaVotes
 from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import BackendUnavailableError, ConfigError, ImageError, InferenceError
 
@@ -54,6 +55,16 @@ def test_scores_equal_the_cpus(make: Make, prediction: str) -> None:
         scores = got.scores(image, seed=9, draws=7, first_draw=2)
         assert scores.dtype == np.float32 and scores.shape == (7,)
         np.testing.assert_allclose(scores, wanted.scores(image, seed=9, draws=7, first_draw=2), rtol=BOUND)
+
+
+def test_a_backends_votes(engine: EmulatedEngine, make: Make) -> None:  # noqa: F811
+    """What certificates ask a backend for."""
+    backend = CudaBackend(CONFIG, weights_of(CONFIG), MU, INVERSE_SPREAD, precision="fp32", cache_dir=False)
+    votes = backend.votes(CONFIG, weights_of(CONFIG), MU, INVERSE_SPREAD, sigma=SIGMA)
+    assert isinstance(votes, CudaVotes) and (votes.batch, votes.precision) == (BATCH, "fp32")
+    assert np.array_equal(votes.scores(IMAGE, seed=1, draws=2), make(batch=BATCH).scores(IMAGE, seed=1, draws=2))
+    votes.close()
+    backend.close()
 
 
 def test_a_score_depends_on_frame_seed_and_draw_alone(make: Make) -> None:

@@ -60,6 +60,20 @@ def test_every_message_is_one_of_ours() -> None:
     assert [message for message in quoted if message not in foreign and message not in plain and message not in text] == []
 
 
+def test_memory_is_as_computed() -> None:
+    """Weights and activations from benchmarks/tensorrt.md; the rest by the formula."""
+    built = (ROOT / "benchmarks" / "tensorrt.md").read_text(encoding="utf-8").split("## Engines")[1:3]
+    rows = re.findall(r"^\| .*? \| ([\d.]+) MB \| ([\d.]+) MB \| ([\d.]+) MB \| (\d+) MB \| (\d+) MB \|$", GUIDE, re.MULTILINE)
+    for row, text, channels in zip(rows, built, (1, 3), strict=True):
+        (stated,) = re.findall(r"^\| fp16 \| sm_89 \| [\d.]+ \| [\d.]+ \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)
+        weights, activations, buffers, one, further = map(float, row)
+        assert weights == pytest.approx(float(stated[0]), abs=0.5) and activations == pytest.approx(float(stated[1]), abs=0.5)
+        thread, once = 256 * 256 * (channels + 4 * channels + 8) / 1e6, 8 * 256 * 256 / 1e6
+        assert buffers == pytest.approx(thread + once, abs=0.06)
+        assert one == pytest.approx(float(stated[0]) + float(stated[1]) + thread + once, abs=0.51)
+        assert further == pytest.approx(float(stated[1]) + thread, abs=0.51)
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_systemd_reads_the_unit(tmp_path: Path) -> None:
     """With programs of this machine in the place of those of the device."""

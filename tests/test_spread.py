@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -21,6 +22,8 @@ from advrad_fast.cli import main
 from advrad_fast.errors import ConfigError, DatasetError, SpreadError
 from advrad_fast.evaluation.datasets import load_dataset
 from advrad_fast.evaluation.evaluate import evaluate
+from advrad_fast.evaluation.robust import RobustSettings, evaluate_robust, prepared_model
+from advrad_fast.evaluation.rows import AttackRow
 from advrad_fast.evaluation.spread import RETRIES, map_tasks
 
 
@@ -134,3 +137,47 @@ def test_an_evaluation_has_the_same_numbers(cluster: str, tmp_path: Path, capsys
     assert main([*arguments, "--report", str(tmp_path / "out")]) == 0
     assert "9/9 images" in capsys.readouterr().err
     assert (tmp_path / "out" / "index.html").exists()
+
+
+def test_attacks_have_the_same_rows(cluster: str, tmp_path: Path) -> None:
+    """And so has a run that was stopped half way and goes on elsewhere."""
+    torch = pytest.importorskip("torch")
+    model = small_model()
+    data = load_dataset(dataset(tmp_path / "discs", train=1, good=2, bad=2, size=32))
+    detector, setup = (
+        Detector(model, backend="cpu", threads=1),
+        partial(Detector, prepared_model(model), backend="cpu", threads=1),
+    )
+    settings = RobustSettings(attacks=("pgd", "square"), steps=3, eot=2, queries=4, sanity=0)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        assert total == 4 * 5
+        if done == 7:
+            raise Stopped
+
+    def run(name: str, **options: Any) -> list[AttackRow]:
+        rows, _ = evaluate_robust(detector, data, tmp_path / name / "rows.jsonl", settings, keep=True, **options)
+        assert len((tmp_path / name / "rows.jsonl").read_text().splitlines()) == len(rows) == 20
+        return [dataclasses.replace(row, seconds=0.0) for row in rows]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker has it: sums differ in their last bits by the number of threads
+    try:
+        here = run("here")
+        there = run("there", ray=cluster, setup=setup)
+        with pytest.raises(Stopped):
+            run("half", ray=cluster, setup=setup, on_step=stop)
+        half = run("half", ray=cluster, setup=setup)
+    finally:
+        torch.set_num_threads(threads)
+    assert here == there == half
+    for row in here:
+        if row.file is not None:
+            images = {(tmp_path / name / row.file).read_bytes() for name in ("here", "there", "half")}
+            assert len(images) == 1
+    assert sum(row.file is not None for row in here) == 16
+    with pytest.raises(ConfigError, match="setup"):
+        run("none", ray=cluster)

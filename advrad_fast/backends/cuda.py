@@ -14,18 +14,17 @@ from numpy.typing import NDArray
 
 from advrad_fast.backends import cache
 from advrad_fast.backends import tensorrt_engine as engines
-from advrad_fast.backends.base import Array, BackendStatus, Frame, FrameBackend, milliseconds, now
-from advrad_fast.backends.cuda_lanes import Lanes
-from advrad_fast.backends.cuda_session import Plan, Session, Where
+from advrad_fast.backends.base import Array, BackendStatus, Frame, FrameBackend, Votes, milliseconds, now
+from advrad_fast.backends.cuda_lanes import open_lanes
+from advrad_fast.backends.cuda_options import kernels_folder, typed_precision
+from advrad_fast.backends.cuda_session import Plan, Where
+from advrad_fast.backends.cuda_votes import CudaVotes
 from advrad_fast.backends.tensorrt_library import Library
 from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import BackendUnavailableError, ConfigError, InferenceError, KernelFileError, expected
 from advrad_fast.graph import check_weights
-from advrad_fast.graph_precision import TYPED_PRECISIONS, TypedPrecision
 from advrad_fast.kernels.manifest import FILE, read_manifest
 from advrad_fast.philox import check_seed
-
-PRECISIONS: tuple[str, ...] = ("auto", *TYPED_PRECISIONS)
 
 
 class CudaBackend(FrameBackend):
@@ -73,6 +72,7 @@ class CudaBackend(FrameBackend):
         self.precision = chosen = typed_precision(precision)
         plan = Plan(config, config.diffusion.draws, 1, chosen)
         where = Where(gpu, kernels_folder(kernels_dir), cache.folder(cache_dir), library)
+        self._where, self._graphs = where, graphs
         self._lanes = open_lanes(plan, where, weights, mu, inverse_spread, graphs=graphs)
         self._close = weakref.finalize(self, self._lanes.close)  # at the latest when the interpreter ends
 
@@ -88,6 +88,25 @@ class CudaBackend(FrameBackend):
             if maps is not None:
                 np.copyto(maps[0], lane.map)
         return Frame(score, {"device": milliseconds(start, now())})
+
+    def votes(
+        self, config: DetectorConfig, weights: Mapping[str, Array], mu: Array, inverse_spread: Array, *, sigma: float
+    ) -> Votes:
+        """See :meth:`Backend.votes`."""
+        where = self._where
+        return CudaVotes(
+            config,
+            weights,
+            mu,
+            inverse_spread,
+            sigma=sigma,
+            precision=self.precision,
+            cache_dir=where.cache or False,
+            kernels_dir=where.kernels,
+            gpu=where.ordinal,
+            library=where.library,
+            graphs=self._graphs,
+        )
 
     def profile(
         self, image: NDArray[np.uint8], *, seed: int = 0, want_maps: bool = False, runs: int = 100
@@ -115,63 +134,6 @@ class CudaBackend(FrameBackend):
     def close(self) -> None:
         """Give the GPU's memory back; later frames are refused.  Closing twice is fine."""
         self._close()
-
-
-def open_lanes(
-    plan: Plan,
-    where: Where,
-    weights: Mapping[str, Array],
-    mu: Array,
-    inverse_spread: Array,
-    *,
-    graphs: bool = True,
-    shared: int = 0,
-) -> Lanes:
-    """Lanes for a plan, with those made that are needed first, this thread's or the shared ones: what is missing is said now.
-
-    Raises:
-        BackendUnavailableError, ConfigError, ModelFileError: as for :class:`CudaBackend`.
-    """
-    kept = [np.array(array, dtype=np.float32, order="C") for array in (mu, inverse_spread)]
-    try:
-        lanes = Lanes(lambda: Session(plan, where, weights, *kept), graphs=graphs)
-        try:
-            with lanes.shared(shared) if shared else lanes.lane():
-                if lanes.session is not None:
-                    lanes.session.engine.keep_kernels()
-        except BaseException:
-            lanes.close()
-            raise
-    except InferenceError as error:
-        raise BackendUnavailableError(str(error)) from error
-    return lanes
-
-
-def typed_precision(precision: object) -> TypedPrecision:
-    """The engine's precision that is asked for, or a ConfigError."""
-    if precision not in PRECISIONS:
-        raise ConfigError(expected("precision", f"one of {list(PRECISIONS)} for the cuda backend", precision))
-    return "fp16" if precision == "auto" else precision  # type: ignore[return-value]
-
-
-def kernels_folder(folder: str | os.PathLike[str] | None = None) -> Path:
-    """Where the compiled kernels are looked for: ``folder``, else ``$ADVRAD_KERNELS``, else ``kernels`` in the platform's cache
-    folder, where ``advrad-fast compile --kernels`` puts them.
-
-    Raises:
-        ConfigError: it is no path.
-        BackendUnavailableError: nothing says where, and there is no home folder.
-    """
-    if folder is not None:
-        if not isinstance(folder, str | os.PathLike):
-            raise ConfigError(expected("kernels_dir", "a path or None", folder))
-        return Path(folder)
-    if os.environ.get("ADVRAD_KERNELS"):
-        return Path(os.environ["ADVRAD_KERNELS"])
-    default = cache.default_folder()
-    if default is None:
-        raise BackendUnavailableError("cuda: there is no home folder to look for compiled GPU kernels in: set ADVRAD_KERNELS")
-    return default / "kernels"
 
 
 def status(kernels_dir: str | os.PathLike[str] | None = None, gpu: int = 0) -> BackendStatus:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
+
+from advrad_fast.backends.base import Array
 from advrad_fast.backends.cuda_lane import Lane
-from advrad_fast.backends.cuda_session import Session, current
+from advrad_fast.backends.cuda_session import Plan, Session, Where, current
 from advrad_fast.errors import BackendUnavailableError, InferenceError
 
 
@@ -144,3 +147,33 @@ class Lanes:
         with self._lock:
             self._closed = True
             self._close_all()
+
+
+def open_lanes(
+    plan: Plan,
+    where: Where,
+    weights: Mapping[str, Array],
+    mu: Array,
+    inverse_spread: Array,
+    *,
+    graphs: bool = True,
+    shared: int = 0,
+) -> Lanes:
+    """Lanes for a plan, with those made that are needed first, this thread's or the shared ones: what is missing is said now.
+
+    Raises:
+        BackendUnavailableError, ConfigError, ModelFileError: as for :class:`advrad_fast.backends.cuda.CudaBackend`.
+    """
+    kept = [np.array(array, dtype=np.float32, order="C") for array in (mu, inverse_spread)]
+    try:
+        lanes = Lanes(lambda: Session(plan, where, weights, *kept), graphs=graphs)
+        try:
+            with lanes.shared(shared) if shared else lanes.lane():
+                if lanes.session is not None:
+                    lanes.session.engine.keep_kernels()
+        except BaseException:
+            lanes.close()
+            raise
+    except InferenceError as error:
+        raise BackendUnavailableError(str(error)) from error
+    return lanes

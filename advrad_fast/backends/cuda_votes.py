@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from advrad_fast import schedule
 from advrad_fast.backends import cache
-from advrad_fast.backends.base import Array
-from advrad_fast.backends.cuda import kernels_folder, open_lanes, typed_precision
+from advrad_fast.backends.base import Array, check_draws, check_scores
 from advrad_fast.backends.cuda_lane import Lane
+from advrad_fast.backends.cuda_lanes import open_lanes
+from advrad_fast.backends.cuda_options import kernels_folder, typed_precision
 from advrad_fast.backends.cuda_session import Plan, Where
 from advrad_fast.backends.tensorrt_library import Library
 from advrad_fast.config import DetectorConfig
-from advrad_fast.errors import ConfigError, ImageError, InferenceError, expected
+from advrad_fast.errors import ConfigError, expected
 from advrad_fast.graph import check_weights
-from advrad_fast.philox import check_seed
 
 BATCH = 32  #: draws a call of the network; which is fastest is not yet measured
 
@@ -84,37 +84,14 @@ class CudaVotes:
         self._close = weakref.finalize(self, self._lanes.close)
 
     def scores(self, image: NDArray[np.uint8], *, seed: int, draws: int, first_draw: int = 0) -> Array:
-        """One score for each of the draws [first_draw, first_draw + draws) of ``seed``.
-
-        Args:
-            image: uint8 (H, W, C) of the configured size, prepared.
-
-        Returns:
-            float32 (draws,), finite.
-
-        Raises:
-            ImageError: the dtype or the shape is not the configured one.
-            ConfigError: the seed or a number of draws is out of range.
-            InferenceError: the engine failed or returned something not finite: a fault is no vote.
-        """
-        size = self.config.image
-        shape = (size.height, size.width, size.channels)
-        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != shape:
-            got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise ImageError(f"image: expected uint8 {shape}, got {got}")
-        seed = check_seed(seed)
-        for name, value in (("draws", draws), ("first_draw", first_draw)):
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= 2**31:
-                raise ConfigError(expected(name, f"an integer in [0, {2**31}]", value))
+        """See :meth:`advrad_fast.backends.base.Votes.scores`."""
+        frame, seed = check_draws(self.config, image, seed, draws, first_draw)
         scores = np.empty(-(-int(draws) // self.batch) * self.batch, dtype=np.float32)
         with self._turn, self._lanes.shared(_BUFFERS) as lanes:
             for lane in lanes:
-                np.copyto(lane.frame, image)
+                np.copyto(lane.frame, frame[0])
             self._run(lanes, seed, int(first_draw), scores)
-            scores = scores[: int(draws)]
-            if not np.isfinite(scores).all():
-                raise InferenceError(expected("scores", "finite numbers", scores[~np.isfinite(scores)][0]))
-        return scores
+            return check_scores(scores[: int(draws)])  # in here: lanes that gave a NaN are given up
 
     def _run(self, lanes: list[Lane], seed: int, first_draw: int, scores: Array) -> None:
         """Every batch, as many under way as there are lanes; the frame goes to the GPU with each lane's first."""

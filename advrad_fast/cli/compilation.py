@@ -84,7 +84,7 @@ def _compile_kernels(options: argparse.Namespace) -> int:
 
     if not 1 <= options.processes <= 256:
         raise ConfigError(expected("--processes", "an integer in [1, 256]", options.processes))
-    from advrad_fast.backends.cuda import kernels_folder
+    from advrad_fast.backends.cuda_options import kernels_folder
 
     folder = kernels_folder(options.out)
     manifest = aot.build(folder, options.target or aot.TARGETS, processes=options.processes)

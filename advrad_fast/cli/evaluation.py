@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from advrad_fast.cli import robust
 from advrad_fast.cli.common import OK, Adder, Progress, data_options, detector_maker, load_data, model_options, output, say
 from advrad_fast.errors import ConfigError, expected
 
@@ -32,6 +33,7 @@ def add(command: Adder) -> None:
         help="write a page, FOLDER/index.html; other categories evaluated into it are kept",
     )
     parser.add_argument("--ray", metavar="ADDRESS", help="spread the images over a Ray cluster: auto, HOST:PORT, or local")
+    robust.options_of(parser)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -49,6 +51,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     setup = detector_maker(options)
     detector = setup()
     results: dict[Any, Any] = {}
+    attack = robust.run(options, dataset, detector) if options.robust else None
     with Progress(len(dataset.test), "images") as progress:
 
         def note(sample: Any, result: object) -> None:
@@ -59,14 +62,20 @@ def _evaluate(options: argparse.Namespace) -> int:
     certified, lines = _certified(options, detector, dataset) if options.certified else ({}, "")
     evaluation.figures.update(certified)
     figures = {"model": str(options.model), **evaluation.figures}
+    if attack is not None:
+        figures |= robust.figures(attack)
     with output(options.json) as file:
         if file:
             file.write(json.dumps(figures) + "\n")
     if options.json != "-":
         sys.stdout.write(table(evaluation) + "\n" + lines)
+        if attack is not None:
+            sys.stdout.write(robust.table(attack) + "\n")
     if options.report is not None:
         ordered = [results[sample.path] for sample in evaluation.samples]
-        say(f"wrote {report.write(options.report, report.collect(evaluation, ordered, detector, options.model))}")
+        say(f"wrote {report.write(options.report, report.collect(evaluation, ordered, detector, options.model, attack=attack))}")
+    if attack is not None:
+        robust.check(attack)
     return OK
 
 
