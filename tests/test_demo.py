@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.resources import as_file, files
 from pathlib import Path
 
 import pytest
 
-from advrad_fast import demo
+from advrad_fast import Detector, demo
 from advrad_fast.cli import main
 from advrad_fast.errors import DatasetError
 from advrad_fast.evaluation.datasets import load_dataset
+from advrad_fast.images import load_image
 
 
 def test_split_keeps_the_test_cells_out_of_training() -> None:
@@ -44,3 +46,13 @@ def test_without_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DatasetError, match="pip install elpv-dataset"):
         demo.cells()
+
+
+def test_the_demos_detector_certifies() -> None:
+    """A good cell and a bad one, at a small radius, with noise of a given seed."""
+    with as_file(files("advrad_fast") / "data" / "elpv-mono.safetensors") as path:
+        detector = Detector.load(path, backend="cpu")
+    assert detector.model.sigmas == (0.125,)
+    cells = demo.cells()
+    bad, good = (detector.certify(load_image(cell), 0.05, seed=2, max_votes=400) for cell in (cells.defective[0], cells.good[2]))
+    assert (bad.outcome, good.outcome, good.radius, good.aligned) == ("DEFECT", "OK", 0.05, False)
