@@ -109,7 +109,7 @@ def test_signals_end_it_cleanly(model: Path, folder: Path, tmp_path: Path, name:
     told = [json.loads(process.stdout.readline()) for _ in range(3)]
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(folder / "late.png")
     process.send_signal(name)
-    rest, errors = process.communicate(timeout=60)
+    rest, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert "3 OK" in errors or "4 OK" in errors
     assert "Traceback" not in errors

@@ -466,7 +466,7 @@ def run(script: str) -> subprocess.CompletedProcess[str]:
     here = os.path.dirname(__file__)  # noqa: PTH120
     environment = {**os.environ, "PYTHONPATH": here}
     line = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", _START + script]
-    return subprocess.run(line, capture_output=True, text=True, timeout=60, env=environment)
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment)
 
 
 @pytest.mark.parametrize("case", [case for case in _SCRIPTS if case != "fork"])
