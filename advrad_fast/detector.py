@@ -76,7 +76,8 @@ class Inspection:
 class Detector:
     """Scores frames against a model of good parts.  Thread-safe: share one among threads.
 
-    A result is a function of the frame and the seed, not of batch, order or thread.
+    A result is a function of the frame and the seed, not of batch, order or thread.  Processes load their own: spawned, or forked
+    before OpenVINO was loaded; in a child forked later, :meth:`inspect` raises InferenceError where OpenVINO would hang.
 
     Args:
         model: a model file's contents.
@@ -154,22 +155,27 @@ class Detector:
 
         Raises:
             ImageError: the frame breaks the input contract.
-            InferenceError: the engine failed or returned something not finite.
+            InferenceError: the engine failed, memory ran out, or what came back is no result: not finite, of another shape, or
+                a score that is not its map's maximum.
         """
         start = time.perf_counter()
         noise_seed = self._draw_seed(seed)
+        try:
+            return self._inspect(frame, maps, noise_seed, start)
+        except MemoryError as error:
+            raise InferenceError("out of memory") from error
+
+    def _inspect(self, frame: object, maps: bool, seed: int, start: float) -> Inspection:
         try:
             prepared = images.prepare(frame, self._model.config.image)
         except PartNotFoundError as error:
             return self._failed(Outcome.ABSTAIN, error, start)
         prepare = _ms(start)
         threshold = self._threshold  # read once: another thread may set it
-        result = self._backend.score(prepared.image[None], seed=noise_seed, want_maps=maps)
-        score = float(result.scores[0])
-        if not math.isfinite(score):
-            raise InferenceError(expected("score", "a finite number", score))
+        result = self._backend.score(prepared.image[None], seed=seed, want_maps=maps)
+        score = _checked_score(result, prepared.image.shape[:2], maps)
         anomaly_map = mask = None
-        if result.maps is not None:
+        if maps and result.maps is not None:
             above = result.maps[0] > _float32_below(threshold)
             anomaly_map = images.map_to_frame(result.maps[0], prepared)
             mask = images.mask_to_frame(above, prepared)
@@ -242,7 +248,7 @@ class Detector:
             BackendUnavailableError: the network cannot be compiled at this sigma.
         """
         pixels = self._pixels
-        max_votes = voting.check_votes(max_votes)
+        max_votes = voting.check_votes("max_votes", max_votes)
         smoothing = self._smoothing(radius, sigma, alpha, max_votes)
         threshold = smoothing.threshold if threshold is None else _finite("threshold", threshold)
         test = None if radius is None else DecisionTest(radius, smoothing.sigma, alpha, pixels=pixels)
@@ -281,7 +287,7 @@ class Detector:
             ImageError: as :meth:`inspect`; PartNotFoundError where the model aligns the part first and finds none.
             ConfigError, InferenceError, BackendUnavailableError: as :meth:`certify`.
         """
-        draws = voting.check_votes(draws)
+        draws = voting.check_votes("draws", draws)
         votes = self._votes(self._smoothing(None, sigma, 0.001, draws))
         noise_seed = secrets.randbits(64) if seed is None else philox.check_seed(seed)
         return votes.scores(images.prepare(frame, self._model.config.image).image, seed=noise_seed, draws=draws)
@@ -337,6 +343,26 @@ def _finite(name: str, value: object) -> float:
     if not real or too_large or not math.isfinite(value):  # type: ignore[arg-type]
         raise ConfigError(expected(name, "a finite number", value))
     return float(value)  # type: ignore[arg-type]
+
+
+def _checked_score(result: backends.Scores, size: tuple[int, ...], want_maps: bool) -> float:
+    """The one score in a backend's result, which is trusted no more than a file: a wrong one could pass a defect as good."""
+    scores, maps = result.scores, result.maps
+    if not isinstance(scores, np.ndarray) or scores.shape != (1,) or scores.dtype != np.float32:
+        raise InferenceError(expected("scores", "a float32 array (1,)", _kind(scores)))
+    score = float(scores[0])
+    if not math.isfinite(score):
+        raise InferenceError(expected("score", "a finite number", score))
+    if want_maps:
+        if not isinstance(maps, np.ndarray) or maps.shape != (1, *size) or maps.dtype != np.float32:
+            raise InferenceError(expected("maps", f"a float32 array {(1, *size)}", _kind(maps)))
+        if not float(maps.max()) == score:  # NaN in a map is its maximum
+            raise InferenceError(expected("score", f"the map's maximum, {float(maps.max()):g}", score))
+    return score
+
+
+def _kind(value: object) -> str:
+    return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
 
 
 def _float32_below(threshold: float) -> np.float32:

@@ -17,7 +17,10 @@
     ├── TrainingError           (RuntimeError)  training cannot start, go on or resume
     ├── SpreadError             (RuntimeError)  a cluster can't be used, or its workers died
     ├── BackendUnavailableError (RuntimeError)  no usable backend; the message has each one's reason
-    └── InferenceError          (RuntimeError)  the engine failed, or returned something not finite
+    ├── InferenceError          (RuntimeError)  the engine failed, or returned something not finite
+    ├── SourceError             (RuntimeError)  a source of frames cannot be opened or read
+    │   └── SourceStalledError                  it did not answer within the deadline
+    └── SinkError               (RuntimeError)  a result could not be stored
 """
 
 from __future__ import annotations
@@ -87,6 +90,18 @@ class BackendUnavailableError(AdvRADError, RuntimeError):
 
 class InferenceError(AdvRADError, RuntimeError):
     """The engine failed or returned values that are not finite: the frame has no score."""
+
+
+class SourceError(AdvRADError, RuntimeError):
+    """A source of frames cannot be opened or read."""
+
+
+class SourceStalledError(SourceError):
+    """A source of frames did not answer within the deadline."""
+
+
+class SinkError(AdvRADError, RuntimeError):
+    """A result could not be stored or sent."""
 
 
 _short = reprlib.Repr()

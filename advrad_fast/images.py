@@ -18,7 +18,9 @@ everywhere is dropped; any other is refused, for what stands behind the part is 
 from __future__ import annotations
 
 import glob
+import io
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +115,9 @@ def load_image(path: StrPath, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
         raise ConfigError(expected("max_pixels", "an integer of at least 1", max_pixels))
     try:
         name = os.fsdecode(path)
-        file = Path(name).open("rb")  # noqa: SIM115  (closed below; a failure to open is told apart from one to decode)
+        if not stat.S_ISREG(Path(name).stat().st_mode):  # before opening, as opening a pipe would wait
+            raise OSError("not a regular file")
+        file = _File(io.FileIO(name))  # closed below; a failure to open is told apart from one to decode
     except (OSError, TypeError, ValueError) as error:
         raise ImageDecodeError(f"{path!r}: can't be opened: {error}") from error
     with file:
@@ -308,6 +312,18 @@ def _from_float(array: NDArray[np.generic], name: str) -> NDArray[np.uint8]:
     if low < 0.0 or high > 1.0:
         raise ImageError(expected(name, f"{array.dtype} values in [0, 1]", f"values in [{low:g}, {high:g}]"))
     return np.rint(values * 255.0).astype(np.uint8, order="C")
+
+
+class _File(io.BufferedReader):
+    """A file that allocates no more than it holds, whatever length a header asks to be read."""
+
+    def __init__(self, raw: io.FileIO) -> None:
+        super().__init__(raw)
+        self._size = os.fstat(raw.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, self._size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def _open(file: IO[bytes], name: str) -> PILImage:

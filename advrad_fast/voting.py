@@ -96,8 +96,8 @@ def largest_radius(
     )
 
 
-def check_votes(max_votes: object) -> int:
-    """``max_votes`` as an int in [1, MAX_VOTES], or a ConfigError."""
-    if isinstance(max_votes, bool) or not isinstance(max_votes, int | np.integer) or not 1 <= max_votes <= MAX_VOTES:
-        raise ConfigError(expected("max_votes", f"an integer in [1, {MAX_VOTES}]", max_votes))
-    return int(max_votes)
+def check_votes(name: str, votes: object) -> int:
+    """A number of votes as an int in [1, MAX_VOTES], or a ConfigError."""
+    if isinstance(votes, bool) or not isinstance(votes, int | np.integer) or not 1 <= votes <= MAX_VOTES:
+        raise ConfigError(expected(name, f"an integer in [1, {MAX_VOTES}]", votes))
+    return int(votes)

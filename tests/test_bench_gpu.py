@@ -130,7 +130,12 @@ def test_no_figure_without_parity(
 
 @pytest.mark.parametrize("name", ["eager fp32", "eager float16"])
 def test_no_ratio_to_a_baseline_that_computes_something_else(
-    pretended: None, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    pretended: None,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    name: str,
 ) -> None:
     check, kind = gpu.Baseline.check, {"eager fp32": torch.float32, "eager float16": torch.float16}[name]
 
@@ -138,9 +143,14 @@ def test_no_ratio_to_a_baseline_that_computes_something_else(
         return check(self, *arguments, **options) * (1.1 if self._dtype == kind else 1.0)
 
     monkeypatch.setattr(gpu.Baseline, "check", wrong)
-    assert run(model) == 2
+    assert run(model, "--json", "-") == (2 if name == "eager fp32" else 0)
     streams = capsys.readouterr()
-    assert streams.out == "" and f"PyTorch, {name}: 0." in streams.err and "nothing is timed" in streams.err
+    assert f"PyTorch, {name}: 0." in streams.err + caplog.text
+    if name == "eager fp32":
+        assert streams.out == "" and "nothing is timed" in streams.err
+    else:
+        assert "left out" in caplog.text
+        assert set(json.loads(streams.out.splitlines()[0])["details"]["baselines_ms"]) == {"eager fp32"}
 
 
 def test_a_baseline_draws_its_own_noise() -> None:

@@ -231,7 +231,7 @@ def test_abstain_where_there_is_no_part() -> None:
 
 
 class Faulty:
-    """A backend that returns one score, and a map that looks well; or raises."""
+    """A backend that returns one score and a map of it; or raises."""
 
     name, precision = "faulty", "fp32"
 
@@ -241,7 +241,7 @@ class Faulty:
     def score(self, images: NDArray[np.uint8], *, seed: int, want_maps: bool) -> Scores:
         if isinstance(self.value, Exception):
             raise self.value
-        maps = np.zeros(images.shape[:3], np.float32) if want_maps else None
+        maps = np.full(images.shape[:3], self.value, np.float32) if want_maps else None
         return Scores(np.array([self.value], np.float32), maps, {"noise": 0.0, "network": 0.0, "error": 0.0})
 
 

@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("backends",),
     ("detector", "voting"),
     ("",),  # the package's public face
-    ("training", "evaluation", "overlay"),
+    ("training", "evaluation", "overlay", "line"),
     ("bench",),
     ("cli", "demo", "__main__"),
 )
@@ -46,6 +46,11 @@ HOMES = {
     "ray": ("evaluation.spread",),
     "pycuda": ("backends", "cli", "kernels"),
     "triton": ("kernels",),
+    "cv2": ("line",),
+    "harvesters": ("line",),
+    "genicam": ("line",),
+    "paho": ("line",),
+    "prometheus_client": ("line",),
 }
 
 # The fused operations under csrc/ and kernels/, and those that are still to come.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import limited
 from pictures import GREY, RGB, RGBA, same, scene
 from PIL import Image, ImageFile
 
@@ -208,6 +210,24 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.png", tmp_path, "a\0b", 3, None):
         with pytest.raises(ImageDecodeError, match="can't be opened"):
             load_image(path)  # type: ignore[arg-type]
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageDecodeError, match="not a regular file"):
+        load_image(tmp_path / "pipe.png")
+
+
+def test_a_chunk_s_length_is_not_allocated(tmp_path: Path) -> None:
+    """320 bytes whose last chunk says that it has 2 GB."""
+    path, content = tmp_path / "a.png", png(20, 12, 8, 0, bytes(21 * 12))
+    at = content.index(b"IDAT") - 4
+    path.write_bytes(content[:at] + struct.pack(">I", 2**31 - 1) + content[at + 4 :])
+    with limited(64):
+        try:
+            load_image(path)
+        except ImageDecodeError as error:
+            assert not isinstance(error.__cause__, MemoryError)
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:

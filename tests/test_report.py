@@ -60,6 +60,13 @@ DAMAGE = {
     "a picture from elsewhere": lambda text: text.replace("data:image/jpeg;base64,", "http://192.0.2.1/", 1),
     "a figure that is missing": lambda text: text.replace('"seed"', '"sead"'),
     "a label out of range": lambda text: text.replace('"label": 1', '"label": 2'),
+    "a figure that is no number": lambda text: text.replace('"f1_max": ', '"f1_max": "x", "f2_max": '),
+    "a number that is none": lambda text: text.replace('"p50_ms": 1.8', '"p50_ms": NaN'),
+    "a score that is a text": lambda text: text.replace('"score": ', '"score": "x", "old": ', 1).replace(
+        '"old": ', '"attacked": {}, "x": ', 1
+    ),
+    "no views": lambda text: re.sub(r'(?s)"views": \[.*?\n   \]', '"views": []', text, count=1),
+    "a setting that is a list": lambda text: text.replace('"cores": 2', '"cores": [2]'),
     "deep": lambda text: "[" * 100_000,
 }
 
@@ -71,6 +78,18 @@ def test_damaged_data_is_refused_by_name(tmp_path: Path, damage: str) -> None:
     path.write_text(DAMAGE[damage](path.read_text()))
     with pytest.raises(ReportError, match=r"screw\.report\.json: not a category's data; delete it"):
         load(tmp_path)
+
+
+def test_a_folder_that_will_not_do_is_refused_before_the_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = detector_and_data(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.report.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    for out, message in (("out", "old.report.json: not a category's data"), ("file", "File exists")):
+        arguments = ["evaluate", str(model), str(data), "--backend", "reference", "--report", str(tmp_path / out)]
+        assert main(arguments) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err and "images" not in captured.err and captured.out == ""
 
 
 def test_text_is_escaped() -> None:
@@ -106,7 +125,7 @@ def test_means_say_what_they_are_over() -> None:
     clean = np.mean([c.figures["image_auroc"] for c in (first, second, bare)])
     robust = np.mean([c.figures["robust_auroc"]["linf 2/255"] for c in (first, second)])
     assert f"Image AUROC {percent(clean)} mean of 3 of 3 categories" in text
-    assert f"Robust AUROC, linf 2/255 {percent(robust)} under attack; mean of 2 of 3 categories" in text
+    assert f"Robust AUROC, linf 2/255 {percent(robust)} under attack, 82 of 82 images; mean of 2 of 3 categories" in text
     assert f"robust AUROC, linf 2/255 MVTec AD, mean of 15 81.1 {percent(robust)} mean of 2 of 3 categories" in text
     assert "certified AUROC, l2 radius 0.2 MVTec AD, grid 98.2 81.00" in text
     assert "The attack broke a sanity rule on screw, grid: the robust figures there are not to be trusted." in text
@@ -127,7 +146,7 @@ def test_the_papers_numbers() -> None:
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("linf 2/255", ("linf", 2 / 255)), ("l2 0.2", ("l2", 0.2)), ("0.05", ("", 0.05)), ("l2 1e-3", ("l2", 1e-3))],
+    [("linf 2/255", ("linf", 2 / 255)), ("l2 0.2", ("l2", 0.2)), ("0.05", ("", 0.05)), ("l2 1/4", ("l2", 0.25))],
 )
 def test_budgets_are_read(name: str, size: tuple[str, float]) -> None:
     assert budget_size(name) == size
@@ -137,7 +156,18 @@ def test_budgets_in_order() -> None:
     made = category()
     made.figures["robust_auroc"] = dict.fromkeys(("linf 16/255", "linf 2/255", "l2 0.2", "linf 0.5/255", "odd"), 0.5)
     assert budgets([made], "robust_auroc") == ["l2 0.2", "linf 0.5/255", "linf 2/255", "linf 16/255", "odd"]
-    page([made])  # a name that is no budget is in the tables, and on no axis
+    html = page([made]).decode()  # a name that is no budget is in the tables, and on no axis
+    assert "AUROC against the l2 budget" in html and "AUROC against the odd budget" not in html
+
+
+@pytest.mark.parametrize(("count", "coloured"), [(1, 1), (5, 6), (6, 1), (15, 1)])
+def test_many_categories_are_quiet_lines(count: int, coloured: int) -> None:
+    """Each its own colour while there are enough of them, and the mean another."""
+    html = page([category(f"c{i}", seed=i, count=4) for i in range(count)]).decode()
+    (drawn,) = re.findall(r"(?s)<figcaption>AUROC against the l2 budget.*?</figure>", html)
+    lines = re.findall(r'class="line (\w+)"', drawn)
+    assert len(lines) == count + (count > 1)
+    assert len(set(lines) - {"quiet"}) == coloured == len([line for line in lines if line != "quiet"])
     assert list(category().figures["robust_auroc"]) == list(BUDGETS)
 
 
@@ -259,7 +289,8 @@ def test_an_attack_is_shown_beside_the_clean_images(tmp_path: Path, pose: PoseCo
     assert made.settings["Attack"]["attacks"] == "['pgd', 'square']"
     target = report.write(tmp_path / "out", made)
     assert load(tmp_path / "out") == [made]
-    assert "violated" in text_of(target.read_bytes())
+    text = " ".join(text_of(target.read_bytes()).split())
+    assert "violated" in text and "under attack, 4 of 8 images" in text and "4 of 8 Beside the paper" in text
 
 
 def test_an_attack_without_pictures(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advrad_fast.config import DetectorConfig
-from advrad_fast.errors import ConfigError, ImageError, InferenceError, ModelFileError, expected
+from advrad_fast.errors import BackendUnavailableError, ConfigError, ImageError, InferenceError, ModelFileError, expected
 from advrad_fast.philox import check_seed
 
 Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "fp8"]
@@ -172,6 +172,12 @@ class FrameBackend(ABC):
     @abstractmethod
     def _frame(self, image: NDArray[np.uint8], seed: int, maps: Array | None) -> Frame:
         """Score one C-contiguous image (1, H, W, C), and fill in its map (1, H, W) if there is one to fill in."""
+
+    def votes(
+        self, config: DetectorConfig, weights: Mapping[str, Array], mu: Array, inverse_spread: Array, *, sigma: float
+    ) -> Votes:
+        """See :meth:`Backend.votes`; here for backends without a smoothed detector."""
+        raise BackendUnavailableError(f"certify: the {self.name} backend cannot yet; use backend='cpu'")
 
     def score(self, images: NDArray[np.uint8], *, seed: int, want_maps: bool) -> Scores:
         """See :meth:`Backend.score`."""

@@ -30,7 +30,7 @@ from advrad_fast.backends.base import (
 )
 from advrad_fast.backends.native_engine import KERNELS, NativeEngine, NativeRequest
 from advrad_fast.config import DetectorConfig
-from advrad_fast.errors import BackendUnavailableError, ConfigError, expected
+from advrad_fast.errors import BackendUnavailableError, ConfigError, InferenceError, expected
 from advrad_fast.graph import check_weights
 
 EngineName = Literal["auto", "native", "openvino"]
@@ -136,6 +136,9 @@ class CpuBackend(FrameBackend):
             operations.noise(image, draws, seed, c.signal, c.noise, c.input_scale, request.x, normals=normals, threads=threads)
             noised = now()
             outputs = request.infer()  # the request's own memory: read before it goes back to the queue
+        shape = (draws, config.image.channels, config.image.height, config.image.width)
+        if outputs.shape != shape or outputs.dtype != np.float32:
+            raise InferenceError(expected("cpu: the network's output", f"float32 {shape}", (outputs.dtype, outputs.shape)))
         inferred = now()
         scores = np.empty(1, dtype=np.float32)
         operations.reconstruction_error(

@@ -118,9 +118,16 @@ class CudaBackend(FrameBackend):
 
 
 def open_lanes(
-    plan: Plan, where: Where, weights: Mapping[str, Array], mu: Array, inverse_spread: Array, *, graphs: bool = True
+    plan: Plan,
+    where: Where,
+    weights: Mapping[str, Array],
+    mu: Array,
+    inverse_spread: Array,
+    *,
+    graphs: bool = True,
+    shared: int = 0,
 ) -> Lanes:
-    """Lanes for a plan, with one for this thread, so that what is missing is said now.
+    """Lanes for a plan, with those made that are needed first, this thread's or the shared ones: what is missing is said now.
 
     Raises:
         BackendUnavailableError, ConfigError, ModelFileError: as for :class:`CudaBackend`.
@@ -129,8 +136,9 @@ def open_lanes(
     try:
         lanes = Lanes(lambda: Session(plan, where, weights, *kept), graphs=graphs)
         try:
-            with lanes.lane() as lane:
-                lane.session.engine.keep_kernels()
+            with lanes.shared(shared) if shared else lanes.lane():
+                if lanes.session is not None:
+                    lanes.session.engine.keep_kernels()
         except BaseException:
             lanes.close()
             raise

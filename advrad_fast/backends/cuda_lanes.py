@@ -1,4 +1,7 @@
-"""Who has which lane: one for each thread, made when it first needs it and given back when it ends, renewed after a failure."""
+"""Who has which lane: one for each thread, made when it first needs it and given back when it ends, or some that threads share.
+
+What failed is given up, and made anew for the next frame.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,7 @@ class Lanes:
         self._open, self._graphs = open_session, graphs
         self._lock = threading.RLock()  # before any lane's lock, never after
         self._mine = threading.local()
+        self._shared: list[Lane] = []
         self._lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
         self._closed, self._process = False, os.getpid()
         self._session: Session | None = open_session()
@@ -55,30 +59,50 @@ class Lanes:
         Raises:
             InferenceError: there is none to be had, or the body raised it.
         """
-        slot = self._locked()
-        lane = slot.lane
+        with self._held(self._of_this_thread) as (lane,):
+            yield lane
+
+    @contextmanager
+    def shared(self, count: int) -> Iterator[list[Lane]]:
+        """So many lanes that all threads share, in turns, as :meth:`lane` gives one."""
+        with self._held(lambda: self._of_all(count)) as lanes:
+            yield lanes
+
+    @contextmanager
+    def _held(self, find: Callable[[], list[Lane]]) -> Iterator[list[Lane]]:
+        while True:
+            lanes = find()
+            for lane in lanes:
+                lane.lock.acquire()
+            if not any(lane.closed for lane in lanes):
+                break
+            for lane in lanes:  # another thread has just given everything up
+                lane.lock.release()
         try:
             try:
-                with current(lane.gpu):
-                    yield lane
+                with current(lanes[0].gpu):
+                    yield lanes
             finally:
-                lane.lock.release()
+                for lane in lanes:
+                    lane.lock.release()
         except BaseException:
-            self._give_up(lane)
+            self._give_up(lanes)
             raise
 
-    def _locked(self) -> _Slot:
-        """This thread's slot, its lane's lock held."""
-        while True:
-            slot: _Slot | None = getattr(self._mine, "slot", None)
-            if slot is None or slot.lane.closed:
-                slot = self._mine.slot = self._made()
-            slot.lane.lock.acquire()
-            if not slot.lane.closed:
-                return slot
-            slot.lane.lock.release()  # another thread has just given everything up
+    def _of_this_thread(self) -> list[Lane]:
+        slot: _Slot | None = getattr(self._mine, "slot", None)
+        if slot is None or slot.lane.closed:
+            slot = self._mine.slot = _Slot(self._made())
+        return [slot.lane]
 
-    def _made(self) -> _Slot:
+    def _of_all(self, count: int) -> list[Lane]:
+        with self._lock:
+            self._shared = [lane for lane in self._shared if not lane.closed]
+            while len(self._shared) < count:
+                self._shared.append(self._made())
+            return self._shared[:count]
+
+    def _made(self) -> Lane:
         if os.getpid() != self._process:
             raise InferenceError("cuda: a detector does not survive fork(); start processes by spawn, and load it in each")
         with self._lock:
@@ -91,22 +115,24 @@ class Lanes:
             except BackendUnavailableError as error:
                 raise InferenceError(str(error)) from error
             except InferenceError:
-                self._give_up(None)
+                self._give_up([])
                 raise
             self._lanes.add(lane)
-        return _Slot(lane)
+        return lane
 
-    def _give_up(self, lane: Lane | None) -> None:
-        """A lane that failed, and everything if the context is lost."""
-        if lane is not None:
+    def _give_up(self, failed: list[Lane]) -> None:
+        """Lanes that failed, and everything if the context is lost."""
+        for lane in failed:
             lane.close()
         with self._lock:
-            if self._session is not None and (lane is None or lane.session is self._session) and not self._session.alive():
+            present = self._session is not None and all(lane.session is self._session for lane in failed)
+            if present and self._session is not None and not self._session.alive():
                 self._close_all()
 
     def _close_all(self) -> None:
         for lane in list(self._lanes):
             lane.close()  # waits for its thread's frame to end
+        self._shared = []
         session, self._session = self._session, None
         if session is not None:
             session.close()

@@ -6,6 +6,7 @@ yet run on a GPU: the tests check the logic with stand-ins.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +34,7 @@ BOUNDS = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 0.25, "fp8": 0.25}
 STEPS = ("copy_in", "noise", "network", "error", "copy_out")  #: of ``CudaBackend.profile``
 RUNS = 200  # of a profile
 
+_log = logging.getLogger(__name__)
 _HALF = {"fp32": torch.float32, "bf16": torch.bfloat16}  # PyTorch runs int8's and fp8's network in fp16
 
 
@@ -125,7 +127,9 @@ class Baseline:
         draws = model.config.diffusion.draws
         self._timesteps = torch.full((draws,), model.config.diffusion.timestep, device=device)
         image = model.config.image
-        self._frame = torch.empty((1, image.height, image.width, image.channels), dtype=torch.uint8, device=device)
+        size = (1, image.height, image.width, image.channels)
+        self._frame = torch.empty(size, dtype=torch.uint8, device=device)
+        self._host = torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         self._shape = (draws, image.channels, image.height, image.width)
         self._layout = layout
         run: Callable[[], Any] | None = self._drawn
@@ -139,15 +143,19 @@ class Baseline:
         """The score under the repeatable stream's noise, not compiled: what this computes.  ``image``: uint8 (H, W, C)."""
         draws, *shape = self._shape
         eps = diffusion.draw_noise((shape[0], shape[1], shape[2]), seed=seed, draws=draws, image_ids=[0])
-        self._frame.copy_(torch.from_numpy(np.array(image))[None])
+        self._take(image)
         with torch.no_grad():
             return float(self._scored(eps.to(self._device)))
 
     def __call__(self, image: NDArray[np.uint8]) -> float:
         """Inspect uint8 (H, W, C)."""
-        self._frame.copy_(torch.from_numpy(np.array(image))[None])
+        self._take(image)
         with torch.no_grad():
             return float(self._run())
+
+    def _take(self, image: NDArray[np.uint8]) -> None:
+        self._host.numpy()[0] = image  # the last score was waited for: nothing reads it any more
+        self._frame.copy_(self._host, non_blocking=True)
 
     def _drawn(self) -> torch.Tensor:
         return self._scored(torch.randn(self._shape, device=self._device))
@@ -182,16 +190,23 @@ def check_baselines(
 ) -> dict[str, float]:
     """How far each is from the reference on a prepared frame, as a share of the score or the threshold.
 
+    One in half precision that is further off than its precision allows (PyTorch's fp16 may overflow) is left out, with a warning.
+
     Raises:
-        InferenceError: further than its precision allows.
+        InferenceError: PyTorch in fp32 is.
     """
     wanted = float(reference._backend.score(image[None], seed=0, want_maps=False).scores[0])
     found = {}
     for name, baseline in made.items():
         bound = BOUNDS["fp32"] if name == "eager fp32" else BOUNDS["bf16" if precision == "bf16" else "fp16"]
-        found[name] = abs(baseline.check(image, seed=0) - wanted) / max(abs(wanted), reference.threshold)
-        if not found[name] <= bound:
-            raise InferenceError(f"PyTorch, {name}: {found[name]:.3g} from the reference, more than {bound}: nothing is timed")
+        off = abs(baseline.check(image, seed=0) - wanted) / max(abs(wanted), reference.threshold)
+        message = f"PyTorch, {name}: {off:.3g} from the reference, more than {bound}"
+        if off <= bound:
+            found[name] = off
+        elif name == "eager fp32":
+            raise InferenceError(f"{message}: nothing is timed")
+        else:
+            _log.warning("%s: left out", message)
     return found
 
 
@@ -227,7 +242,7 @@ def _inspect(
 
         calls: dict[str, Callable[[], object]] = {"cuda": ours}
         if not maps:  # the baselines give a score and no map
-            calls |= {key: lambda baseline=baseline: baseline(prepared) for key, baseline in made.items()}  # type: ignore[misc]
+            calls |= {key: lambda baseline=made[key]: baseline(prepared) for key in off}  # type: ignore[misc]
         timings = alternate(calls, seconds=seconds)
         profile = backend.profile(prepared, want_maps=maps, runs=RUNS)  # type: ignore[attr-defined]
         details = {

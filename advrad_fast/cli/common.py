@@ -25,14 +25,14 @@ def say(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
-def model_options(parser: argparse.ArgumentParser) -> None:
+def model_options(parser: argparse.ArgumentParser, *, seed: int | None = 0, seed_help: str = "of the noise (default 0)") -> None:
     """The model file, and how to run it."""
     parser.add_argument("model", type=Path, help="the model file")
     parser.add_argument("--backend", default="auto", help="auto, cpu, cuda or reference")
     parser.add_argument("--precision", help="auto, fp32, bf16, int8 (see compile); fp16 and fp8 on GPUs")
     parser.add_argument("--threads", type=int, help="CPU threads of the engine")
     parser.add_argument("--cache", type=Path, help="folder for compiled engines (default: the platform's cache folder)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    parser.add_argument("--seed", type=int, default=seed, help=seed_help)
 
 
 def load_detector(options: argparse.Namespace) -> Any:

@@ -29,6 +29,13 @@ def add(command: Adder) -> None:
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--seed", type=int, help="of the split, the weights, the batches and the noise")
     parser.add_argument("--full-precision", action="store_true", help="store the weights in fp32 instead of fp16")
+    parser.add_argument(
+        "--certify",
+        type=float,
+        nargs="*",
+        metavar="SIGMA",
+        help="noise levels to certify at (default 0.125 0.25; none: for none)",
+    )
     parser.add_argument("--note", help="a line to keep in the model file: a licence, an origin")
     parser.set_defaults(verbose=True)
 
@@ -60,6 +67,7 @@ def _train(options: argparse.Namespace) -> int:
         half=not options.full_precision,
         settings=changes,
         note=options.note,
+        certify=options.certify,
     )
     if model is not None:
         say(f"wrote {options.out}: threshold {model.threshold:.6g} for a false-alarm rate of {model.false_alarm_rate:.3g}")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from limits import limited
 
 #: To run one case alone: its number.
 VARIABLE = "ADVRAD_FUZZ_CASE"
@@ -58,21 +57,6 @@ def fuzz(
                 raise AssertionError(f"case {case} of seed {seed}: {what}\nagain: {again}") from problem
     trace.unlink()
     return accepted
-
-
-@contextmanager
-def limited(megabytes: int) -> Iterator[None]:
-    """Allocations that would take the process more than this above what it has now fail with a MemoryError."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = pages * resource.getpagesize() + megabytes * 2**20
-    if soft != resource.RLIM_INFINITY:
-        limit = min(limit, soft)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def slots(value: Any) -> list[tuple[Any, Any]]:

@@ -7,6 +7,7 @@ run for one category after another into one folder, the page gets them all, and 
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,7 +16,21 @@ from advrad_fast.evaluation.report.data import Category, load, save
 from advrad_fast.evaluation.report.page import page
 from advrad_fast.files import write_atomically
 
-__all__ = ["Attack", "Category", "choose", "collect", "write"]
+__all__ = ["Attack", "Category", "choose", "collect", "prepare", "write"]
+
+
+def prepare(folder: str | os.PathLike[str]) -> None:
+    """Make the folder, and find out before a long evaluation whether :func:`write` will take what lies there.
+
+    Raises:
+        ReportError: as :func:`write`.
+        OSError: the folder can't be made, or not be written to.
+    """
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    load(root)
+    with tempfile.TemporaryFile(dir=root):
+        pass
 
 
 def write(

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advrad_fast.errors import DatasetError, ReportError, expected
+from advrad_fast.errors import ConfigError, ReportError
 from advrad_fast.evaluation import metrics
+from advrad_fast.evaluation.rows import Budget
 from advrad_fast.files import write_atomically
 
 SCHEMA = 1  #: of the JSON files
@@ -129,6 +130,11 @@ class Category:
         labels, values = self.scores(budget, defect)
         return metrics.auroc(labels, values) if 0 < labels.sum() < labels.size else None
 
+    @property
+    def attacked(self) -> int:
+        """How many of the images have been attacked."""
+        return sum(bool(s.attacked) for s in self.samples)
+
     def defects(self) -> list[str]:
         """The kinds of defect, in order."""
         return sorted({s.defect for s in self.samples if s.label == 1})
@@ -161,11 +167,17 @@ def budgets(categories: Sequence[Category], key: str) -> list[str]:
     return sorted({name for category in categories for name in category.figures.get(key, {})}, key=budget_size)
 
 
-def budget_size(budget: str) -> tuple[str, float]:
-    """("linf", 0.0078) of ``linf 2/255``; ("", 0.2) of ``0.2``; the size is NaN where there is none."""
-    norm, _, size = budget.rpartition(" ")
-    number = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]-?\d+)?)(?:/([1-9]\d*))?", size)
-    return (norm, float(number[1]) / float(number[2] or 1)) if number else (budget, math.nan)
+def budget_size(name: str) -> tuple[str, float]:
+    """("linf", 0.0078) of ``linf 2/255``; ("", 0.2) of the radius ``0.2``; (the name, NaN) of anything else."""
+    try:
+        budget = Budget.parse(name)
+    except ConfigError:
+        try:
+            size = float(name)
+        except ValueError:
+            size = math.nan
+        return ("", size) if 0.0 <= size < math.inf else (name, math.nan)
+    return budget.norm, budget.size
 
 
 def _file_name(name: str) -> str:
@@ -177,25 +189,63 @@ def _file_name(name: str) -> str:
 
 def _read(path: Path) -> Category:
     try:
-        data = json.loads(path.read_bytes())
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-            raise ValueError(expected("schema", str(SCHEMA), data.get("schema") if isinstance(data, dict) else data))
-        data.pop("schema")
+        data = json.loads(path.read_bytes(), parse_constant=_no_number)
+        _want(isinstance(data, dict) and data.pop("schema", None) == SCHEMA, f"schema {SCHEMA}")
         samples = [Scored(**row) for row in data.pop("samples")]
         shown = [Shown(**{**row, "views": [View(**v) for v in row["views"]]}) for row in data.pop("shown")]
         checks = [Check(**row) for row in data.pop("checks")]
-        for uri in (u for s in shown for v in s.views for u in (v.frame, v.heat_map)):
-            if not _PICTURE.fullmatch(uri):
-                raise ValueError(expected("picture", "a JPEG as a data URI", uri))
-        for number, sample in enumerate(samples):
-            if sample.label not in (0, 1):
-                raise ValueError(expected(f"samples[{number}].label", "0 or 1", sample.label))
-            if not all(isinstance(score, float | int | None) for score in (sample.score, *sample.attacked.values())):
-                raise ValueError(expected(f"samples[{number}]", "scores that are numbers or null", sample))
         category = Category(samples=samples, shown=shown, checks=checks, **data)
-        needed = ("data", "model", "image_auroc", "image_auroc_interval", "f1_max", "threshold", "seed", "backend", "p50_ms")
-        if missing := [key for key in needed if key not in category.figures]:
-            raise ValueError(f"figures: {missing} missing")
+        _check(category)
         return category
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, DatasetError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ReportError(f"{path}: not a category's data; delete it, or evaluate that category again: {error}") from error
+
+
+def _check(category: Category) -> None:
+    """That everything has the type that the page relies on."""
+    figures = category.figures
+    for key in ("image_auroc", "f1_max", "threshold", "p50_ms"):
+        _want(_is_number(figures[key]), f"figures: a number for {key}")
+    for key in ("pixel_auroc", "aupro"):
+        _want(figures[key] is None or _is_number(figures[key]), f"figures: a number or null for {key}")
+    for key in ("n_good", "n_bad", "false_alarms", "defects_found", "abstained"):
+        _want(type(figures[key]) is int, f"figures: an integer for {key}")
+    for key in ("data", "model", "backend"):
+        _want(isinstance(figures[key], str), f"figures: a text for {key}")
+    for key in ("robust_auroc", "certified_auroc"):
+        _want(all(map(_is_number, figures[key].values())), f"figures: numbers in {key}")
+    _want(_are_numbers(figures["image_auroc_interval"], 2), "figures: two numbers for image_auroc_interval")
+    _want("seed" in figures and _is_number(figures.get("attacked_clean_auroc", 0.0)), "figures: seed, attacked_clean_auroc")
+    _want(all(_are_numbers(pair, 2) for pair in category.latency.values()), "latency: two numbers a stage")
+    for sample in category.samples:
+        _want(
+            sample.label in (0, 1) and isinstance(sample.name, str) and isinstance(sample.defect, str),
+            f"names and labels: {sample}",
+        )
+        _want(isinstance(sample.outcome, str), f"an outcome: {sample}")
+        _want(all(v is None or _is_number(v) for v in (sample.score, *sample.attacked.values())), f"numbers or null: {sample}")
+    for one in category.shown:
+        texts = (one.name, one.defect, *(t for v in one.views for t in (v.title, v.outcome)))
+        _want(bool(one.views) and all(isinstance(text, str) for text in texts), "shown: views, and texts in them")
+        _want(all(v.score is None or _is_number(v.score) for v in one.views), "shown: scores that are numbers or null")
+        _want(all(_PICTURE.fullmatch(uri) for v in one.views for uri in (v.frame, v.heat_map)), "shown: JPEGs as data URIs")
+    _want(all(isinstance(text, str) for c in category.checks for text in (c.rule, c.detail)), "checks: texts")
+    values = [value for group in category.settings.values() for value in group.values()]
+    _want(all(value is None or isinstance(value, str | int | float) for value in values), "settings: texts and numbers")
+
+
+def _want(fine: bool, wanted: str) -> None:
+    if not fine:
+        raise ValueError(f"expected {wanted[:200]}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_numbers(values: object, count: int) -> bool:
+    return isinstance(values, list) and len(values) == count and all(map(_is_number, values))
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"expected finite numbers, got {text}")

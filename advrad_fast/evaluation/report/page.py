@@ -167,7 +167,7 @@ def _alarm(categories: Sequence[Category]) -> Node | None:
     if not broken:
         return None
     text = f"The attack broke a sanity rule on {', '.join(broken)}: the robust figures there are not to be trusted."
-    return tag("p", text, class_="alarm", role="alert")
+    return tag("p", text, class_="alarm")
 
 
 def _over(categories: Sequence[Category], key: str, name: str | None = None) -> str:
@@ -196,11 +196,18 @@ def _tiles(categories: Sequence[Category]) -> Node:
     if (pixel := _mean(categories, "pixel_auroc")) is not None:
         aupro = _mean(categories, "aupro")
         tiles.append(
-            tile("Pixel AUROC", percent(pixel), f"AUPRO {percent(aupro)}" if aupro else "", _over(categories, "pixel_auroc"))
+            tile(
+                "Pixel AUROC",
+                percent(pixel),
+                "" if aupro is None else f"AUPRO {percent(aupro)}",
+                _over(categories, "pixel_auroc"),
+            )
         )
     for name in headline("robust_auroc", ("linf 2/255", "l2 0.2")):
         value = percent(_mean(categories, "robust_auroc", name))
-        tiles.append(tile(f"Robust AUROC, {name}", value, "under attack", _over(categories, "robust_auroc", name)))
+        had = [c for c in categories if _figure(c, "robust_auroc", name) is not None]
+        part = f"under attack, {sum(c.attacked for c in had)} of {sum(len(c.samples) for c in had)} images"
+        tiles.append(tile(f"Robust AUROC, {name}", value, part, _over(categories, "robust_auroc", name)))
     for name in headline("certified_auroc", ("0.2",)):
         value = percent(_mean(categories, "certified_auroc", name))
         tiles.append(tile(f"Certified, l2 radius {name}", value, "AUROC at least", _over(categories, "certified_auroc", name)))
@@ -220,7 +227,8 @@ def _figures(categories: Sequence[Category]) -> Node:
         ("pixel AUROC", lambda c: _figure(c, "pixel_auroc")),
         ("AUPRO", lambda c: _figure(c, "aupro")),
     ]
-    for name in budgets(categories, "robust_auroc"):
+    robust = budgets(categories, "robust_auroc")
+    for name in robust:
         columns.append((f"robust, {name}", lambda c, n=name: _figure(c, "robust_auroc", n)))  # type: ignore[misc]
     for name in budgets(categories, "certified_auroc"):
         columns.append((f"certified, r = {name}", lambda c, n=name: _figure(c, "certified_auroc", n)))  # type: ignore[misc]
@@ -232,15 +240,16 @@ def _figures(categories: Sequence[Category]) -> Node:
         first, *others = (read(c) for _, read in columns)
         counts = [_count(f["n_good"]), _count(f["n_bad"])]
         ends = [_share(f["defects_found"], f["n_bad"]), _share(f["false_alarms"], f["n_good"]), _count(f["abstained"])]
+        ends += [_share(c.attacked, len(c.samples))] if robust else []
         return [tag("th", c.name, scope="row"), *counts, first, interval, *others, *ends]
 
     heads = ["category", "good", "defective", columns[0][0], "95 % interval", *(name for name, _ in columns[1:])]
-    heads += ["defects found", "false alarms", "abstained"]
+    heads += ["defects found", "false alarms", "abstained", *(["attacked"] if robust else [])]
     foot: list[Cell] | None = None
     if len(categories) > 1:
         first, *others = (mean(read(c) for c in categories) for _, read in columns)
         counts = [_count(sum(c.figures[key] for c in categories)) for key in ("n_good", "n_bad")]
-        foot = [tag("th", "mean", scope="row"), *counts, first, "", *others, "", "", ""]
+        foot = [tag("th", "mean", scope="row"), *counts, first, "", *others, *[""] * (4 if robust else 3)]
     note = (
         "In percent. Intervals are over the draw of the images. F1max is at the threshold that is best for these labels, so it "
         "is an upper bound. A mean is over the categories that have the figure."
@@ -284,16 +293,10 @@ def _curves(categories: Sequence[Category]) -> Node:
                 lines.append(Line(name, _corners(curve.fpr, curve.tpr), number % COLOURS))
         drawing = chart(lines, x_label="false alarms, %", y_label="defects found, %", x_percent=True, chance=True)
         plots.append(tag("figure", tag("figcaption", f"{category.name}: ROC"), drawing))
-    for norm in sorted({budget_size(name)[0] for name in budgets(categories, "robust_auroc")}):
-        found = [
-            _along(
-                category,
-                "robust_auroc",
-                norm,
-                start=category.figures.get("attacked_clean_auroc", category.figures["image_auroc"]),
-            )
-            for category in categories
-        ]
+    sizes = [budget_size(name) for name in budgets(categories, "robust_auroc")]
+    for norm in sorted({norm for norm, size in sizes if size >= 0.0}):  # not NaN
+        starts = [c.figures.get("attacked_clean_auroc", c.figures["image_auroc"]) for c in categories]
+        found = [_along(c, "robust_auroc", norm, start) for c, start in zip(categories, starts, strict=True)]
         plots.append(_against(categories, found, f"AUROC against the {norm} budget", f"{norm} budget, of a pixel range of 1"))
     if budgets(categories, "certified_auroc"):
         found = [_along(category, "certified_auroc", "") for category in categories]
@@ -321,13 +324,13 @@ def _along(category: Category, key: str, norm: str, start: float | None = None) 
 def _against(categories: Sequence[Category], found: Sequence[list[tuple[float, float]]], title: str, label: str) -> Node:
     """A line a category; with many of them quiet ones, and their mean where all have a point."""
     pairs = [(c.name, points) for c, points in zip(categories, found, strict=True) if points]
-    many = len(pairs) > COLOURS
+    many = len(pairs) >= COLOURS  # the mean has a colour too
     lines = [Line(name, points, None if many else i, marks=not many) for i, (name, points) in enumerate(pairs)]
     if len(pairs) > 1:
         shared = sorted(set.intersection(*({x for x, _ in points} for _, points in pairs)))
         middle = [(x, fmean(dict(points)[x] for _, points in pairs)) for x in shared]
         if middle:
-            lines.append(Line("mean", middle, 0 if many else min(len(pairs), COLOURS - 1), marks=True))
+            lines.append(Line("mean", middle, 0 if many else len(pairs), marks=True))
     x_max = max((x for _, points in pairs for x, _ in points), default=0.0) or 1.0
     return tag("figure", tag("figcaption", title), chart(lines, x_label=label, y_label="AUROC, %", x_max=x_max))
 
