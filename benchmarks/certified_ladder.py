@@ -24,7 +24,7 @@ from torch import Tensor
 
 from advrad_fast import _native as operations
 from advrad_fast import lattice, schedule
-from advrad_fast.backends.cpu import compile_network
+from advrad_fast.backends.cpu_network import compile_network
 from advrad_fast.bench.timing import commit, machine
 from advrad_fast.certify import certified_auroc, vote_probability
 from advrad_fast.detector import Detector

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from advrad_fast.backends.cpu import compile_network
+from advrad_fast.backends.cpu_network import compile_network
 from advrad_fast.bench.network import flops
 from advrad_fast.bench.timing import commit, machine
 from advrad_fast.detector import Detector

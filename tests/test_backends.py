@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from advrad_fast import backends, graph
 from advrad_fast.backends import base, cache
-from advrad_fast.backends.cpu import CpuBackend, choose
+from advrad_fast.backends.cpu import CpuBackend
+from advrad_fast.backends.cpu_network import choose
 from advrad_fast.backends.native_engine import KERNELS
 from advrad_fast.backends.reference import ReferenceBackend
 from advrad_fast.config import DetectorConfig, DiffusionConfig, ImageConfig, ScoreConfig, UNetConfig
@@ -417,7 +418,7 @@ def test_engine_and_precision(
     monkeypatch: pytest.MonkeyPatch, kernels: tuple[str, ...], openvino_bf16: bool, choices: dict[Any, Any]
 ) -> None:
     """bf16 only where it would not be emulated, and by our own engine where there are tiles for it."""
-    monkeypatch.setattr("advrad_fast.backends.cpu.KERNELS", kernels)
+    monkeypatch.setattr("advrad_fast.backends.cpu_network.KERNELS", kernels)
     monkeypatch.setattr("advrad_fast.backends.openvino_engine.computes_bf16", lambda: openvino_bf16)
     for precision, wanted in choices.items():
         if wanted is None:

@@ -55,7 +55,7 @@ def test_rows_of_a_model(model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_processor_without_bf16_is_measured_in_fp32(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("advrad_fast.backends.cpu.KERNELS", ("portable",))
+    monkeypatch.setattr("advrad_fast.backends.cpu_network.KERNELS", ("portable",))
     monkeypatch.setattr("advrad_fast.backends.openvino_engine.computes_bf16", lambda: False)
     out = tmp_path / "rows.jsonl"
     assert main(["bench", str(model), "--parts", "network,inspect", "--seconds", "0", "--no-compile", "--json", str(out)]) == 0

@@ -12,7 +12,7 @@ from PIL import Image
 from test_backends import CONFIG, WEIGHTS, cpu, frames, reference
 
 from advrad_fast import Detector
-from advrad_fast.backends import cpu as cpu_module
+from advrad_fast.backends import cpu_network
 from advrad_fast.cli import main
 from advrad_fast.errors import BackendUnavailableError, ConfigError
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # nncf's 
 
 
 def test_int8_is_close_to_the_reference(tmp_path: Path) -> None:
-    cpu_module.calibrate_int8(CONFIG, WEIGHTS, frames(), cache_dir=tmp_path)
+    cpu_network.calibrate_int8(CONFIG, WEIGHTS, frames(), cache_dir=tmp_path)
     first, second = (cpu(precision="int8", cache_dir=tmp_path) for _ in range(2))  # compiled, then from the cache
     assert first.precision == "int8"
     got, again = (backend.score(frames(), seed=11, want_maps=True) for backend in (first, second))
@@ -48,11 +48,11 @@ def test_int8_by_the_command_line(tmp_path: Path) -> None:
 
 def test_int8_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="cache_dir"):
-        cpu_module.calibrate_int8(CONFIG, WEIGHTS, frames(), cache_dir=False)
+        cpu_network.calibrate_int8(CONFIG, WEIGHTS, frames(), cache_dir=False)
     with pytest.raises(ConfigError, match="images"):
-        cpu_module.calibrate_int8(CONFIG, WEIGHTS, frames()[:0], cache_dir=tmp_path)
+        cpu_network.calibrate_int8(CONFIG, WEIGHTS, frames()[:0], cache_dir=tmp_path)
     with pytest.raises(BackendUnavailableError, match="no int8 network"):
         cpu(precision="int8")
     monkeypatch.setitem(sys.modules, "nncf", None)
     with pytest.raises(BackendUnavailableError, match=r"needs nncf: pip install 'advrad-fast\[int8\]'"):
-        cpu_module.calibrate_int8(CONFIG, WEIGHTS, frames(), cache_dir=tmp_path)
+        cpu_network.calibrate_int8(CONFIG, WEIGHTS, frames(), cache_dir=tmp_path)

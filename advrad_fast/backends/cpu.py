@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import platform
-import re
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,32 +24,12 @@ from advrad_fast.backends.base import (
     milliseconds,
     now,
 )
-from advrad_fast.backends.native_engine import KERNELS, NativeEngine, NativeRequest
+from advrad_fast.backends.cpu_network import PRECISIONS, EngineName, Request, choose, compile_network, openvino, processor
+from advrad_fast.backends.cpu_votes import CpuVotes
+from advrad_fast.backends.native_engine import NativeRequest
 from advrad_fast.config import DetectorConfig
-from advrad_fast.errors import BackendUnavailableError, ConfigError, InferenceError, expected
+from advrad_fast.errors import InferenceError, expected
 from advrad_fast.graph import check_weights
-
-EngineName = Literal["auto", "native", "openvino"]
-
-PRECISIONS = ("auto", "fp32", "bf16", "int8")
-
-
-class Request(Protocol):
-    """One run of the network at a time: fill ``x``, then ``infer``."""
-
-    x: Array
-
-    def infer(self) -> Array: ...
-
-
-class Engine(Protocol):
-    """A network of a fixed batch; :class:`NativeEngine` or OpenVINO's."""
-
-    name: str
-    precision: str
-    threads: int
-
-    def request(self) -> Request: ...
 
 
 class CpuBackend(FrameBackend):
@@ -103,7 +79,7 @@ class CpuBackend(FrameBackend):
         )
         self._error_coefficients = schedule.error_coefficients(self._coefficients)
         self._engine = compile_network(config, weights, precision=precision, engine=engine, threads=threads, folder=folder)
-        self._options = {"precision": precision, "engine": engine, "threads": threads, "cache_dir": cache_dir}
+        self._smoothed = partial(CpuVotes, precision=precision, engine=engine, threads=threads, cache_dir=cache_dir)
         self.precision = self._engine.precision
         self._kept: tuple[int, Array | None] | None = None  # the last seed, and its noise once it came twice
         # Requests and their input arrays, one for every thread that has been inside _frame at the same time.
@@ -114,10 +90,7 @@ class CpuBackend(FrameBackend):
         self, config: DetectorConfig, weights: Mapping[str, Array], mu: Array, inverse_spread: Array, *, sigma: float
     ) -> Votes:
         """See :meth:`advrad_fast.backends.base.Backend.votes`."""
-        made: Votes = importlib.import_module("advrad_fast.backends.cpu_votes").CpuVotes(
-            config, weights, mu, inverse_spread, sigma=sigma, **self._options
-        )
-        return made
+        return self._smoothed(config, weights, mu, inverse_spread, sigma=sigma)
 
     def _frame(self, image: NDArray[np.uint8], seed: int, maps: Array | None) -> Frame:
         config, c = self._config, self._coefficients
@@ -186,106 +159,5 @@ class CpuBackend(FrameBackend):
 def status() -> BackendStatus:
     """What :class:`CpuBackend` would run here."""
     kind, precision = choose("auto")
-    engine = "native engine (AMX)" if kind == "native" else f"OpenVINO {_openvino().version()}"
+    engine = "native engine (AMX)" if kind == "native" else f"OpenVINO {openvino().version()}"
     return BackendStatus("cpu", True, f"{processor()}, {engine}, {precision}")
-
-
-def precisions() -> tuple[Precision, ...]:
-    """What this processor computes in: ``fp32``, and ``bf16`` where it would not be emulated."""
-    return ("fp32", "bf16") if "amx" in KERNELS or _openvino().computes_bf16() else ("fp32",)
-
-
-def has_int8(config: DetectorConfig, weights: Mapping[str, Array], *, cache_dir: cache.CacheDir = None) -> bool:
-    """Whether :func:`calibrate_int8` has been here."""
-    found: bool = _openvino().has_int8(config, weights, batch=config.diffusion.draws, folder=cache.folder(cache_dir))
-    return found
-
-
-def choose(precision: Precision, engine: EngineName = "auto") -> tuple[str, str]:
-    """The engine, ``native`` or ``openvino``, and the precision, ``fp32``, ``bf16`` or ``int8``.
-
-    bf16 only where the processor computes in it: in the native engine where there are AMX tiles, else in OpenVINO.
-
-    Raises:
-        BackendUnavailableError: the processor cannot do what was asked for.
-    """
-    if engine == "native" and (precision in ("fp32", "int8") or "amx" not in KERNELS):
-        raise BackendUnavailableError("cpu: the native engine computes in bf16 and needs a processor with AMX")
-    if precision in ("fp32", "int8"):
-        return "openvino", precision
-    if engine != "openvino" and "amx" in KERNELS:
-        return "native", "bf16"
-    if _openvino().computes_bf16():
-        return "openvino", "bf16"
-    if precision == "bf16":
-        raise BackendUnavailableError(f"cpu: {processor()} has no bf16 arithmetic; use precision='fp32'")
-    return "openvino", "fp32"
-
-
-def compile_network(
-    config: DetectorConfig,
-    weights: Mapping[str, Array],
-    *,
-    precision: Precision = "auto",
-    engine: EngineName = "auto",
-    batch: int | None = None,
-    threads: int | None = None,
-    folder: Path | None = None,
-) -> Engine:
-    """The network in the engine that :func:`choose` names.
-
-    Args:
-        batch: images a call; None for ``config.diffusion.draws``.
-        threads: None for one a physical core.
-        folder: the cache of OpenVINO's compiled networks; None for none.  The native engine needs none.
-
-    Raises:
-        BackendUnavailableError: the processor cannot do what was asked for, or OpenVINO cannot compile the network.
-    """
-    kind, chosen = choose(precision, engine)
-    batch = config.diffusion.draws if batch is None else batch
-    if kind == "native":
-        return NativeEngine(config, weights, batch=batch, threads=threads)
-    return _openvino().OpenVinoEngine(config, weights, chosen, batch=batch, threads=threads, folder=folder)  # type: ignore[no-any-return]
-
-
-def calibrate_int8(
-    config: DetectorConfig, weights: Mapping[str, Array], images: NDArray[np.uint8], *, cache_dir: cache.CacheDir = None
-) -> None:
-    """Calibrate a network for ``precision="int8"`` and put it into the cache, for every detector of these weights.
-
-    Args:
-        images: uint8 (N, H, W, C), prepared normals; a few dozen do.
-
-    Raises:
-        ConfigError: there is no cache folder, or there are no images.
-        BackendUnavailableError: nncf is not installed, or the cache cannot be written.
-    """
-    folder = cache.folder(cache_dir)
-    if folder is None:
-        raise ConfigError(expected("cache_dir", "a folder to keep the int8 network in", cache_dir))
-    if len(images) == 0:
-        raise ConfigError(expected("images", "at least one image", 0))
-    diffusion = config.diffusion
-    bar = float(schedule.alpha_bar(diffusion)[diffusion.timestep])
-    c = schedule.coefficients(config.unet.prediction, bar, config.unet.sigma_data)
-    inputs = []
-    for i, image in enumerate(images):
-        x = np.empty((diffusion.draws, config.image.channels, config.image.height, config.image.width), dtype=np.float32)
-        operations.noise(np.ascontiguousarray(image[None]), len(x), i, c.signal, c.noise, c.input_scale, x)
-        inputs.append(x)
-    _openvino().quantise(config, weights, inputs, batch=diffusion.draws, folder=folder)
-
-
-def _openvino() -> Any:
-    """Loaded where it is needed: it takes longer than everything else together."""
-    return importlib.import_module("advrad_fast.backends.openvino_engine")
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()

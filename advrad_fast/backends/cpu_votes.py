@@ -20,7 +20,7 @@ from advrad_fast import _native as operations
 from advrad_fast import lattice, schedule
 from advrad_fast.backends import cache
 from advrad_fast.backends.base import Array, Precision, check_draws, check_precision, check_scores, check_threads
-from advrad_fast.backends.cpu import PRECISIONS, Engine, EngineName, Request, choose, compile_network, processor
+from advrad_fast.backends.cpu_network import PRECISIONS, Engine, EngineName, Request, choose, compile_network, processor
 from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import ConfigError, InferenceError, expected
 from advrad_fast.graph import check_weights

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advrad_fast.backends.cpu import has_int8, precisions
+from advrad_fast.backends.cpu_network import has_int8, precisions
 from advrad_fast.bench.timing import alternate, row
 from advrad_fast.detector import Detector
 from advrad_fast.errors import InferenceError

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from advrad_fast.backends.cpu import Request, compile_network, precisions
+from advrad_fast.backends.cpu_network import Request, compile_network, precisions
 from advrad_fast.bench.peaks import Peaks
 from advrad_fast.bench.timing import alternate, row, torch_compiled
 from advrad_fast.config import DetectorConfig

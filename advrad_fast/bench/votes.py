@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from advrad_fast import lattice, schedule
-from advrad_fast.backends.cpu import precisions
+from advrad_fast.backends.cpu_network import precisions
 from advrad_fast.backends.cpu_votes import CpuVotes
 from advrad_fast.bench.timing import alternate, row
 from advrad_fast.errors import InferenceError

@@ -54,7 +54,7 @@ def _compile(options: argparse.Namespace) -> int:
     if options.precision not in (None, "int8"):
         message = "'int8': the CPU's others need no preparation; --target is for GPUs"
         raise ConfigError(expected("--precision", message, options.precision))
-    from advrad_fast.backends.cpu import calibrate_int8
+    from advrad_fast.backends.cpu_network import calibrate_int8
 
     model, images = _normals(options, "int8")
     calibrate_int8(model.config, model.weights, images, cache_dir=options.out)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from advrad_fast import images
-from advrad_fast.backends.cpu import processor
+from advrad_fast.backends.cpu_network import processor
 from advrad_fast.detector import Detector, Inspection
 from advrad_fast.errors import AttackError, ConfigError, DatasetError, PartNotFoundError, expected
 from advrad_fast.evaluation.datasets import Dataset, Sample

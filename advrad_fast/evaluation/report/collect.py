@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import advrad_fast
-from advrad_fast.backends.cpu import processor
+from advrad_fast.backends.cpu_network import processor
 from advrad_fast.detector import Detector, Inspection
 from advrad_fast.evaluation.datasets import Sample
 from advrad_fast.evaluation.evaluate import Evaluation, sample_name
