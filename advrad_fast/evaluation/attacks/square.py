@@ -124,7 +124,8 @@ def _bump(side: int, g: torch.Generator) -> Tensor:
 
     eta: Tensor = torch.where(y < half, pyramid(half, y.clamp_max(half - 1)), -pyramid(side - half, (y - half).clamp_min(0)))
     eta = eta / norms(eta[None]).to(eta)
-    return eta.T.contiguous() if bool(torch.randint(0, 2, (), generator=g)) else eta
+    turned: Tensor = eta.T.contiguous() if bool(torch.randint(0, 2, (), generator=g)) else eta
+    return turned
 
 
 def _tiles(x: Tensor, size: float, g: torch.Generator) -> Tensor:
