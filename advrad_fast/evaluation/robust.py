@@ -291,26 +291,31 @@ class _Attacker:
             "unbounded": ("pgd", unbounded, max(settings.steps, 40)),
             "square": ("square", first, 0),
         }
-        gains: dict[str, list[float]] = {name: [] for name in ("clean", *plans)}
+        gains: dict[str, list[NDArray[np.float64]]] = {name: [] for name in ("clean", *plans)}
         for sample, image in found:
             name = sample_name(sample.path)
             noise = pipeline.draw([generator(settings.seed, "sanity", name)], 8)
             signs = signs_of([sample.label], pipeline.device)
-            gains["clean"].append(float(pipeline.gains(to_float(image[None], pipeline.device), signs, noise)))
+
+            def judged(x: Any, noise: Any = noise, signs: Any = signs) -> NDArray[np.float64]:
+                return np.array([float(pipeline.gains(x, signs, noise[:, i : i + 1])) for i in range(noise.shape[1])])
+
+            gains["clean"].append(judged(to_float(image[None], pipeline.device)))
             for plan, (attack, budget, steps) in plans.items():
                 attacked = self.attack(attack, image, sample.label, budget, name, steps or None)
-                gains[plan].append(float(pipeline.gains(attacked.images, signs, noise)))
-        arrays = {name: np.array(values) for name, values in gains.items()}
-        # What chance may do: two standard errors over the images, and a hundredth of the clean scores.
+                gains[plan].append(judged(attacked.images))
+        arrays = {name: np.array(values) for name, values in gains.items()}  # (images, draws)
+        # What chance may do: three standard errors over the draws, for these images, and a hundredth of the clean scores.
         scale = 0.01 * float(np.abs(arrays["clean"]).mean())
 
         def no_less(rule: str, strong: str, weak: str, budget: str) -> dict[str, Any]:
             difference = arrays[strong] - arrays[weak]
-            limit = -(2.0 * float(difference.std(ddof=1)) / len(difference) ** 0.5 + scale)
+            error = float(np.sqrt(difference.var(axis=1, ddof=1).sum() / difference.shape[1])) / len(difference)
+            limit = -(3.0 * error + scale)
             value = float(difference.mean())
             return {"rule": rule, "budget": budget, "holds": value >= limit, "value": value, "limit": limit}
 
-        signs_ = {str(i): (s.label, arrays["unbounded"][i] * (1 - 2 * s.label)) for i, (s, _) in enumerate(found)}
+        signs_ = {str(i): (s.label, float(arrays["unbounded"][i].mean()) * (1 - 2 * s.label)) for i, (s, _) in enumerate(found)}
         area = auroc_of(signs_)
         return [
             no_less("more steps never help the defender", "full", "fewer", first.name),

@@ -119,7 +119,7 @@ def _bump(side: int, g: torch.Generator) -> Tensor:
     def pyramid(rows: int, row: Tensor) -> Tensor:
         reach = torch.minimum(torch.minimum(row, rows - 1 - row), torch.minimum(x, side - 1 - x)).clamp_min(0)
         most = max(int(reach.max()), 0)
-        weights = torch.cumsum(1.0 / (torch.arange(most + 1, 0, -1).double() ** 2), dim=0)
+        weights: Tensor = torch.cumsum(1.0 / (torch.arange(most + 1, 0, -1).double() ** 2), dim=0)
         return torch.take(weights, reach.clamp_max(most)).float()
 
     eta: Tensor = torch.where(y < half, pyramid(half, y.clamp_max(half - 1)), -pyramid(side - half, (y - half).clamp_min(0)))
@@ -135,8 +135,7 @@ def _tiles(x: Tensor, size: float, g: torch.Generator) -> Tensor:
     for top in range(0, height - side + 1, side):
         for left in range(0, width - side + 1, side):
             delta[:, top : top + side, left : left + side] = _bump(side, g) * _signs((channels, 1, 1), g)
-    scaled: Tensor = size * delta / delta.norm()
-    return scaled.to(x)
+    return (size * delta / norms(delta[None]).to(delta)).to(x)
 
 
 def _move_l2(delta: Tensor, size: float, side: int, g: torch.Generator) -> Tensor:
