@@ -78,12 +78,21 @@ def full_shot(model: Network, x: Tensor, eps: Tensor, config: DetectorConfig, ge
 
 
 def arbitrary_shot(
-    model: Network, x: Tensor, eps: Tensor, config: DetectorConfig, steps: int, generator: torch.Generator | None = None
+    model: Network,
+    x: Tensor,
+    eps: Tensor,
+    config: DetectorConfig,
+    steps: int,
+    generator: torch.Generator | None = None,
+    step_noise: Tensor | None = None,
 ) -> Tensor:
     """Algorithm 3: noise to k, then ``steps`` ancestral steps on a respaced schedule (Nichol and Dhariwal, arXiv 2102.09672).
 
     One step is Algorithm 1, k + 1 steps (0-based k) are Algorithm 2.  The second coefficient of the posterior mean is DDPM's
     sqrt(alpha_t), where the paper prints sqrt(alpha_bar_t).
+
+    Args:
+        step_noise: standard normal (N, steps - 1, C, H, W), one for each step but the last; None: drawn from ``generator``.
 
     Raises:
         ConfigError: ``steps`` is not in [1, k + 1].
@@ -104,5 +113,9 @@ def arbitrary_shot(
         beta = 1.0 - alpha
         mean = (previous**0.5 * beta / (1.0 - bar)) * x0 + (alpha**0.5 * (1.0 - previous) / (1.0 - bar)) * x_t
         variance = beta * (1.0 - previous) / (1.0 - bar)
-        x_t = mean + variance**0.5 * torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype, device=x_t.device)
+        if step_noise is None:
+            z = torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype, device=x_t.device)
+        else:
+            z = step_noise[:, i]
+        x_t = mean + variance**0.5 * z
     raise AssertionError("unreachable: times is never empty")
