@@ -5,6 +5,7 @@ Importing this package loads no torch, no CUDA and no OpenVINO; a detector loads
 
 from __future__ import annotations
 
+from advrad_fast.certify import Certificate
 from advrad_fast.config import DetectorConfig
 from advrad_fast.detector import Detector, Inspection, Outcome
 from advrad_fast.errors import (
@@ -24,6 +25,7 @@ __all__ = [
     "AdvRADError",
     "BackendUnavailableError",
     "CalibrationError",
+    "Certificate",
     "ConfigError",
     "Detector",
     "DetectorConfig",

@@ -4,6 +4,7 @@
 >>> inspection = detector.inspect(frame)              # uint8 (H, W, 3), straight from the camera
 >>> if inspection.outcome is not Outcome.OK:
 ...     reject(part)
+>>> detector.certify(frame, radius=0.2)               # the same, and how far nobody can push the answer
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import logging
 import math
 import secrets
 import sys
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from os import PathLike
@@ -23,9 +25,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advrad_fast import backends, calibrate, images, philox
+from advrad_fast import backends, calibrate, images, philox, voting
+from advrad_fast.backends import Votes
+from advrad_fast.certify import Certificate, DecisionTest
 from advrad_fast.errors import AdvRADError, ConfigError, ImageError, InferenceError, PartNotFoundError, expected
 from advrad_fast.model import ModelFile
+from advrad_fast.smoothing import Smoothing
+from advrad_fast.voting import OnVotes
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +58,7 @@ class Inspection:
             if not asked for.
         mask: bool (H, W), where the map is above the threshold; None if no map was asked for.
         backend: which backend computed it.
-        timings: milliseconds a stage: prepare, noise, network, error, total.
+        timings: milliseconds a stage: prepare, noise, network, error, total; ``device`` for the middle three on a GPU.
         error: why there is no score (ABSTAIN, ERROR).
     """
 
@@ -70,7 +76,8 @@ class Inspection:
 class Detector:
     """Scores frames against a model of good parts.  Thread-safe: share one among threads.
 
-    A result is a function of the frame and the seed, not of batch, order or thread.
+    A result is a function of the frame and the seed, not of batch, order or thread.  Processes load their own: spawned, or forked
+    before OpenVINO was loaded; in a child forked later, :meth:`inspect` raises InferenceError where OpenVINO would hang.
 
     Args:
         model: a model file's contents.
@@ -88,6 +95,8 @@ class Detector:
         self._seed = None if seed is None else philox.check_seed(seed)
         self._backend = backends.create(backend, model.config, model.weights, model.mu, model.inverse_spread, **options)
         self._threshold = model.threshold
+        self._smoothed: dict[float, Votes] = {}
+        self._building = threading.Lock()
 
     @classmethod
     def load(cls, path: str | PathLike[str], *, backend: str = "auto", seed: int | None = 0, **options: Any) -> Detector:
@@ -116,11 +125,7 @@ class Detector:
 
     @threshold.setter
     def threshold(self, value: float) -> None:
-        real = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
-        too_large = isinstance(value, int) and abs(value) > sys.float_info.max  # float() would overflow
-        if not real or too_large or not math.isfinite(value):
-            raise ConfigError(expected("threshold", "a finite number", value))
-        self._threshold = float(value)
+        self._threshold = _finite("threshold", value)
 
     @property
     def false_alarm_rate(self) -> float:
@@ -200,6 +205,128 @@ class Detector:
                 results.append(self._failed(Outcome.ERROR, error, start))
         return results
 
+    def certify(
+        self,
+        frame: object,
+        radius: float | None = None,
+        *,
+        sigma: float | None = None,
+        alpha: float = 0.001,
+        max_votes: int = 10_000,
+        seed: int | None = None,
+        threshold: float | None = None,
+        on_votes: OnVotes | None = None,
+    ) -> Certificate:
+        """Certify the smoothed detector's decision for one frame (docs/certificates.md says what that means).
+
+        Votes are drawn in the backend's batches and counted one by one, in order, to the one that settles the question: the
+        rest of that batch is thrown away, so that the result is a function of (frame, seed) and the arguments alone.
+        A KeyboardInterrupt is served between batches and leaves the detector as it was.
+
+        Args:
+            frame: as for :meth:`inspect`.
+            radius: l2 over all pixels and channels of the prepared image, each in [0, 1].  Which decision, if any, is robust
+                at it?  Stops as soon as that is settled, either way.  None: the largest radius that ``max_votes`` votes
+                certify, for which all of them are drawn.
+            sigma: one of ``model.sigmas``.  None: the smallest from which ``radius`` can be certified with ``max_votes`` votes,
+                or the largest if none can; without a radius, the smallest.
+            alpha: the statement is false with at most this probability, over the noise.
+            max_votes: undecided after so many is ABSTAIN; in [1, 1,000,000].
+            seed: None for a fresh one from the operating system, whatever the detector's: the confidence is over
+                noise that the frame was not chosen against.
+            threshold: a score of the noised image above it is a vote for DEFECT; None for the model's at this sigma.
+            on_votes: called after every batch with the votes so far and how many are for DEFECT.
+
+        Returns:
+            OK, DEFECT, or ABSTAIN: nothing is certified.  ABSTAIN with 0 votes where the model aligns the part first and finds
+            none.
+
+        Raises:
+            ImageError: the frame breaks the input contract.
+            ConfigError: an argument is out of range, or the model has no such sigma, or none at all.
+            InferenceError: the engine failed or returned something not finite: a fault is no vote.
+            BackendUnavailableError: the network cannot be compiled at this sigma.
+        """
+        pixels = self._pixels
+        max_votes = voting.check_votes("max_votes", max_votes)
+        smoothing = self._smoothing(radius, sigma, alpha, max_votes)
+        threshold = smoothing.threshold if threshold is None else _finite("threshold", threshold)
+        test = None if radius is None else DecisionTest(radius, smoothing.sigma, alpha, pixels=pixels)
+        aligned = self._model.config.image.pose is not None
+        noise_seed = secrets.randbits(64) if seed is None else philox.check_seed(seed)
+        batches: Iterator[NDArray[np.bool_]] = iter(())
+        try:
+            image = images.prepare(frame, self._model.config.image).image
+        except PartNotFoundError as error:
+            _log.info("not certified: %s", error)
+        else:
+            votes = self._votes(smoothing)
+
+            def draw(first: int, count: int) -> NDArray[np.float32]:
+                return votes.scores(image, seed=noise_seed, draws=count, first_draw=first)
+
+            batches = voting.batches(draw, votes.batch, threshold, max_votes, on_votes)
+        if test is None:
+            return voting.largest_radius(smoothing.sigma, alpha, batches, threshold, pixels=pixels, aligned=aligned)
+        return voting.at_radius(test, batches, threshold, aligned=aligned)
+
+    def smoothed_scores(
+        self, frame: object, draws: int, *, sigma: float | None = None, seed: int | None = None
+    ) -> NDArray[np.float32]:
+        """Scores A(x + delta) of one frame: what :mod:`advrad_fast.certify` turns into certified scores and AUROC.
+
+        Args:
+            draws: how many, in [1, 1,000,000].
+            sigma: one of ``model.sigmas``; None for the only or the smallest one.
+            seed: None for a fresh one from the operating system.
+
+        Returns:
+            float32 (draws,), finite, independent draws.
+
+        Raises:
+            ImageError: as :meth:`inspect`; PartNotFoundError where the model aligns the part first and finds none.
+            ConfigError, InferenceError, BackendUnavailableError: as :meth:`certify`.
+        """
+        draws = voting.check_votes("draws", draws)
+        votes = self._votes(self._smoothing(None, sigma, 0.001, draws))
+        noise_seed = secrets.randbits(64) if seed is None else philox.check_seed(seed)
+        return votes.scores(images.prepare(frame, self._model.config.image).image, seed=noise_seed, draws=draws)
+
+    @property
+    def _pixels(self) -> int:
+        size = self._model.config.image
+        return size.height * size.width * size.channels
+
+    def _smoothing(self, radius: float | None, sigma: float | None, alpha: float, max_votes: int) -> Smoothing:
+        model = self._model
+        if not model.smoothing:
+            raise ConfigError("certify: expected a model that has a sigma to certify at; `advrad-fast certify --fit` adds one")
+        if sigma is not None:
+            if isinstance(sigma, bool) or sigma not in model.sigmas:
+                raise ConfigError(expected("sigma", f"one of the model's {list(model.sigmas)}", sigma))
+            return model.smoothing[model.sigmas.index(sigma)]
+        if radius is None:
+            return model.smoothing[0]
+        for smoothing in model.smoothing:
+            if voting.least_votes(radius, smoothing.sigma, alpha, pixels=self._pixels, max_votes=max_votes) is not None:
+                return smoothing
+        return model.smoothing[-1]
+
+    def _votes(self, smoothing: Smoothing) -> Votes:
+        """Built when it is first needed."""
+        with self._building:
+            votes = self._smoothed.get(smoothing.sigma)
+            if votes is None:
+                config = self._model.config
+                votes = self._smoothed[smoothing.sigma] = self._backend.votes(
+                    smoothing.config(config),
+                    smoothing.weights(config.unet, self._model.weights),
+                    smoothing.mu,
+                    smoothing.inverse_spread,
+                    sigma=smoothing.sigma,
+                )
+            return votes
+
     def _draw_seed(self, seed: int | None) -> int:
         if seed is not None:
             return philox.check_seed(seed)
@@ -208,6 +335,14 @@ class Detector:
     def _failed(self, outcome: Outcome, error: AdvRADError, start: float) -> Inspection:
         timings = MappingProxyType({"total": _ms(start)})
         return Inspection(outcome, None, self._threshold, None, None, None, self.backend, timings, error)
+
+
+def _finite(name: str, value: object) -> float:
+    real = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
+    too_large = isinstance(value, int) and abs(value) > sys.float_info.max  # float() would overflow
+    if not real or too_large or not math.isfinite(value):  # type: ignore[arg-type]
+        raise ConfigError(expected(name, "a finite number", value))
+    return float(value)  # type: ignore[arg-type]
 
 
 def _checked_score(result: backends.Scores, size: tuple[int, ...], want_maps: bool) -> float:

@@ -12,9 +12,15 @@
     ├── KernelFileError         (ValueError)    a folder of compiled kernels is damaged, foreign or inconsistent
     ├── CalibrationError        (ValueError)    too few normal scores for the promise asked for
     ├── DatasetError            (ValueError)    a folder does not hold what its layout needs
+    ├── ReportError             (ValueError)    a report's folder holds a file that is not a report's data
+    ├── AttackError             (RuntimeError)  an attack broke a sanity rule: its figures mean nothing
     ├── TrainingError           (RuntimeError)  training cannot start, go on or resume
+    ├── SpreadError             (RuntimeError)  a cluster can't be used, or its workers died
     ├── BackendUnavailableError (RuntimeError)  no usable backend; the message has each one's reason
-    └── InferenceError          (RuntimeError)  the engine failed, or returned something not finite
+    ├── InferenceError          (RuntimeError)  the engine failed, or returned something not finite
+    ├── SourceError             (RuntimeError)  a source of frames cannot be opened or read
+    │   └── SourceStalledError                  it did not answer within the deadline
+    └── SinkError               (RuntimeError)  a result could not be stored
 """
 
 from __future__ import annotations
@@ -62,8 +68,20 @@ class DatasetError(AdvRADError, ValueError):
     """A folder does not hold what its layout needs."""
 
 
+class ReportError(AdvRADError, ValueError):
+    """A report's folder holds a file that is not a report's data, or not of this version."""
+
+
+class AttackError(AdvRADError, RuntimeError):
+    """An attack broke a rule that every sound attack keeps: figures of robustness made with it mean nothing."""
+
+
 class TrainingError(AdvRADError, RuntimeError):
     """Training cannot start, go on or resume."""
+
+
+class SpreadError(AdvRADError, RuntimeError):
+    """A cluster can't be reached, or a task has killed all the workers that tried it."""
 
 
 class BackendUnavailableError(AdvRADError, RuntimeError):
@@ -72,6 +90,18 @@ class BackendUnavailableError(AdvRADError, RuntimeError):
 
 class InferenceError(AdvRADError, RuntimeError):
     """The engine failed or returned values that are not finite: the frame has no score."""
+
+
+class SourceError(AdvRADError, RuntimeError):
+    """A source of frames cannot be opened or read."""
+
+
+class SourceStalledError(SourceError):
+    """A source of frames did not answer within the deadline."""
+
+
+class SinkError(AdvRADError, RuntimeError):
+    """A result could not be stored or sent."""
 
 
 _short = reprlib.Repr()

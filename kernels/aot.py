@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 
 from advrad_fast.errors import ConfigError, KernelFileError, expected
 from advrad_fast.files import write_atomically
-from advrad_fast.kernels import manifest, noise, reconstruction_error, resources, votes
+from advrad_fast.kernels import arguments, manifest, noise, reconstruction_error, resources, votes
 from advrad_fast.kernels.manifest import FILE, SCHEMA, TARGETS, Manifest, read_manifest
 
 TRITON = "3.9.0"  #: the only version whose private interfaces this uses are known
@@ -115,8 +115,8 @@ SOURCES: Mapping[str, Source] = {
         {**_MAP, "errors": "*fp32", "sums": "*fp32", "filter_size": "i32"},
         ("errors", "sums"),
         ({},),
-        lambda v: {"SPAN": reconstruction_error.SPAN, "ROWS": reconstruction_error.ROWS},
-        (_per("width", reconstruction_error.SPAN), _per("height", reconstruction_error.ROWS), _per("results", 1)),
+        lambda v: {"SPAN": arguments.SPAN, "ROWS": reconstruction_error.ROWS},
+        (_per("width", arguments.SPAN), _per("height", reconstruction_error.ROWS), _per("results", 1)),
         reconstruction_error.NUM_WARPS,
     ),
     "deviation": Source(
@@ -125,7 +125,7 @@ SOURCES: Mapping[str, Source] = {
          "filter_size": "i32", "tiles": "i32"},
         ("errors", "mu", "inverse_spread", "maps"),
         _variants(maps=(False, True), wide=(False, True)),
-        lambda v: {"MAPS": v["maps"], "WIDE": v["wide"], "SPAN": reconstruction_error.SPAN, "ROWS": reconstruction_error.ROWS},
+        lambda v: {"MAPS": v["maps"], "WIDE": v["wide"], "SPAN": arguments.SPAN, "ROWS": reconstruction_error.ROWS},
         (_per("tiles", 1), _per("height", reconstruction_error.ROWS), _per("results", 1)),
         reconstruction_error.NUM_WARPS,
     ),

@@ -1,4 +1,7 @@
-"""The arguments of the host functions, checked: tensors of PyTorch, or of anything with the same few attributes."""
+"""The arguments of kernels: numbers that follow from a detector's, and the host functions' tensors, checked.
+
+Without Triton and PyTorch.  A tensor is one of PyTorch's, or anything with the same few attributes.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from advrad_fast.philox import check_seed
 MAX_SIDE = 4096
 MAX_FRAMES = 65535  #: CUDA's limit on the grid's second and third axis
 FLOATS = ("float16", "bfloat16", "float32")
+SPAN = 128  #: columns of a program of deviation_kernel, with the filter's reach to the left and right
+NARROW = 65  #: the largest filter of deviation_kernel without rows_kernel
 
 
 @dataclass(frozen=True)
@@ -105,3 +110,27 @@ def table(lattice: Lattice | None, other: Any) -> tuple[Any, int, float]:
     if thresholds.shape[0] % 2:
         raise ConfigError(expected("lattice.thresholds", "an even number", thresholds.shape[0]))
     return thresholds, lattice.half, lattice.scale
+
+
+def noise_scales(signal: float, noise: float, input_scale: float, *, lattice: bool = False) -> tuple[float, float, float]:
+    """``pixel_scale``, ``offset`` and ``noise_scale`` of ``noise_kernel`` for the affine map of the network's inputs."""
+    return input_scale * signal * 2.0 / 255.0, -input_scale * signal, 0.0 if lattice else input_scale * noise
+
+
+def error_scales(
+    input_coefficient: float, output_coefficient: float, signal: float, noise: float, input_scale: float, *, lattice: bool = False
+) -> tuple[float, float, float, float]:
+    """``pixel_scale``, ``offset``, ``noise_scale`` and ``output_scale`` of ``errors_kernel``.
+
+    Args:
+        input_coefficient, output_coefficient: of :func:`advrad_fast.schedule.error_coefficients`, ``smoothed`` with a lattice.
+        signal, noise, input_scale: of the network's inputs, :class:`advrad_fast.schedule.Coefficients`.
+    """
+    x = (0.0 if lattice else 1.0) + input_coefficient * input_scale * signal
+    return x * 2.0 / 255.0, -x, 0.0 if lattice else input_coefficient * input_scale * noise, output_coefficient
+
+
+def tiles(width: int, filter_size: int) -> int:
+    """How many programs of ``deviation_kernel`` share a row."""
+    margin = 0 if filter_size > NARROW else (filter_size // 2 + 3) // 4 * 4
+    return -(-width // (SPAN - 2 * margin))

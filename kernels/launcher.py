@@ -8,6 +8,7 @@
         noise(stream, images=frame, out=out, ...)        # asynchronous; the grid follows from the arguments
         launch = noise.prepare(stream, images=frame, out=out, ...)
         launch()                                         # the same again, arguments checked and packed already
+        launch.set(seed=7)                               # and with another seed
 
 Arguments go by name and are held against the manifest.  A pointer is what knows its device address: a pycuda allocation, anything
 with ``__cuda_array_interface__`` or ``data_ptr`` (a torch tensor), or the address itself as an int.  That the memory is large
@@ -19,6 +20,7 @@ memory and its kernels.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import math
 import re
@@ -88,13 +90,22 @@ class Gpu:
             self._context.pop()
 
     def close(self) -> None:
-        """Release the primary context; the last one who does frees everything in it.  Closing twice is fine."""
+        """Release the primary context, on any thread; the last one who does frees everything in it.  Closing twice is fine."""
         while self._entered:
             self.pop()
         if self._context is not None:
             # Left to its destructor, pycuda would detach a primary context as if it had made it, which the driver refuses.
+            # While it is current pycuda releases it on any thread, but leaves it on this thread's stack of contexts, under the
+            # one that was current before.
             context, self._context = self._context, None
+            before = self.cuda.Context.get_current()
+            context.push()
             context.detach()
+            library, top = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
+            library.cuCtxPopCurrent_v2(ctypes.byref(top))
+            if before is not None:
+                library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+                library.cuCtxPushCurrent_v2(top)
 
 
 def open_gpu(ordinal: int = 0) -> Gpu:
@@ -227,6 +238,7 @@ class LoadedKernel:
     Attributes:
         kernel: its entry in the manifest.
         kind: whether the cubin or the PTX was loaded.
+        offsets: where each argument, null pointers too, stands in the packed buffer.
     """
 
     def __init__(self, cuda: Any, kernel: Kernel, kind: Kind, module: Any, function: Any) -> None:
@@ -237,6 +249,17 @@ class LoadedKernel:
         self._names = {argument.name for argument in given}
         self._checks = [(argument.name, *_plain(argument), _check(argument)) for argument in given]
         self._pack = struct.Struct("@" + "".join(_FORMATS[argument.type] for argument in kernel.arguments)).pack
+        formats = [_FORMATS[argument.type] for argument in kernel.arguments]
+        # "0Q" aligns the end of what stands before to it; of a null pointer's format only that is wanted.
+        ends = ["@" + "".join(formats[:i]) + f"0{kind.strip('08x')}" for i, kind in enumerate(formats)]
+        self.offsets = tuple(struct.calcsize(end) for end in ends)
+        followed = {axis.argument for axis in kernel.grid if isinstance(axis, Axis)}
+        checks = {name: check for name, *_, check in self._checks if name not in followed}
+        self._spots = {
+            argument.name: (struct.Struct(f"@{kind}").pack_into, offset, checks[argument.name])
+            for argument, offset, kind in zip(kernel.arguments, self.offsets, formats, strict=True)
+            if argument.name in checks
+        }
         places = {argument.name: place for place, argument in enumerate(given)}
         self._axes = [(places[axis.argument], axis.per) if isinstance(axis, Axis) else axis for axis in kernel.grid]
 
@@ -278,7 +301,13 @@ class LoadedKernel:
                 raise ConfigError(expected(f"{self.kernel.name}: grid", f"1 to {limit} programs", size))
         return grid, self._pack(*values)
 
-    def _enqueue(self, grid: tuple[int, ...], buffer: bytes, stream: Any) -> None:
+    def _put(self, buffer: Any, name: str, value: Any) -> None:
+        if name not in self._spots:
+            raise ConfigError(expected(f"{self.kernel.name}: argument to change", f"one of {sorted(self._spots)}", name))
+        pack_into, offset, check = self._spots[name]
+        pack_into(buffer, offset, check(value))
+
+    def _enqueue(self, grid: tuple[int, ...], buffer: Any, stream: Any) -> None:
         try:
             self._launch(grid, self.kernel.block, buffer, self.kernel.shared, stream)
         except self._error as error:
@@ -288,10 +317,25 @@ class LoadedKernel:
 class PreparedLaunch:
     """A launch that is ready: calling it enqueues the kernel."""
 
-    __slots__ = ("_buffer", "_grid", "_kernel", "_stream")
+    __slots__ = ("_buffer", "_grid", "_kernel", "_stream", "addresses")
+
+    #: Where each argument stands in this process's memory, null pointers too: what a node of a CUDA graph is given.
+    addresses: tuple[int, ...]
 
     def __init__(self, kernel: LoadedKernel, grid: tuple[int, ...], buffer: bytes, stream: Any) -> None:
-        self._kernel, self._grid, self._buffer, self._stream = kernel, grid, buffer, stream
+        self._kernel, self._grid, self._stream = kernel, grid, stream
+        self._buffer = ctypes.create_string_buffer(buffer, len(buffer))
+        start = ctypes.addressof(self._buffer)
+        self.addresses = tuple(start + offset for offset in kernel.offsets)
+
+    def set(self, **arguments: Any) -> None:
+        """Change some arguments, of those that the grid does not follow from; what is enqueued already keeps its own.
+
+        Raises:
+            ConfigError: as for a launch.
+        """
+        for name, value in arguments.items():
+            self._kernel._put(self._buffer, name, value)
 
     def __call__(self) -> None:
         """Enqueue the kernel.

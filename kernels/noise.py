@@ -15,7 +15,8 @@ Arguments of ``noise_kernel``, as a launcher passes them:
 - thresholds: int64 or uint64 (2 half,), of the lattice; half: int32; lattice_scale: 255 sigma.  Unread without a lattice.
 - seed; first_draw in [0, 2**32); draws: of each frame; frames; items = H * W / PIXELS.
 - pixel_scale = input_scale * signal * 2 / 255, offset = -input_scale * signal, noise_scale = input_scale * noise: the inputs are
-  ``pixel_scale * pixel + offset + noise_scale * eps``, or ``pixel_scale * (pixel + z) + offset``; see :func:`scales`.
+  ``pixel_scale * pixel + offset + noise_scale * eps``, or ``pixel_scale * (pixel + z) + offset``; see
+  :func:`advrad_fast.kernels.arguments.noise_scales`.
 """
 
 from __future__ import annotations
@@ -100,11 +101,6 @@ def noise_kernel(
             tl.store(row + at_element, interleaved(v), mask=inside[:, None])
 
 
-def scales(signal: float, noise: float, input_scale: float, *, lattice: bool = False) -> tuple[float, float, float]:
-    """``pixel_scale``, ``offset`` and ``noise_scale`` of the kernel for the affine map of the network's inputs."""
-    return input_scale * signal * 2.0 / 255.0, -input_scale * signal, 0.0 if lattice else input_scale * noise
-
-
 def noise(
     images: Any,
     draws: int,
@@ -142,7 +138,7 @@ def noise(
     shape = (n * draws, height, width, channels) if channels_last else (n * draws, channels, height, width)
     arguments.tensor("out", out, arguments.FLOATS, shape)
     coefficients = (arguments.real(k, v) for k, v in (("signal", signal), ("noise", noise), ("input_scale", input_scale)))
-    pixel_scale, offset, noise_scale = scales(*coefficients, lattice=lattice is not None)
+    pixel_scale, offset, noise_scale = arguments.noise_scales(*coefficients, lattice=lattice is not None)
     seed, first_draw, image_ids = arguments.stream(images, seed, first_draw, draws, image_ids)
     thresholds, half, lattice_scale = arguments.table(lattice, image_ids)
     items = height * width // (4 if arguments.dtype_of(out) == "float32" else 8)

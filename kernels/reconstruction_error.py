@@ -23,14 +23,14 @@ Arguments of ``errors_kernel``, as a launcher passes them:
 - thresholds, half, lattice_scale, seed, first_draw: as for ``noise_kernel``; unread where the variant's noise is ``none``.
 - draws: of each result; groups: results of each frame; results; height; width.
 - pixel_scale, offset, noise_scale, output_scale: the difference is ``pixel_scale * pixel + offset + noise_scale * eps +
-  output_scale * output``; see :func:`difference_scales`.
+  output_scale * output``; see :func:`advrad_fast.kernels.arguments.error_scales`.
 - weight_1, weight_2, weight_4, weight_8: of the four scales, divided by channels * draws.
 
 Arguments of ``rows_kernel``: errors; sums: float32 (results, H, W), written; results, height, width; filter_size: odd.
 
 Arguments of ``deviation_kernel``: errors, or sums in the wide variant; mu, inverse_spread: float32 (H, W), the latter not below
 0; maps: float32 (results, H, W), unread without the variant's maps; scores; results, height, width; filter_size: odd; tiles:
-programs a row, :func:`tiles`.
+programs a row, :func:`advrad_fast.kernels.arguments.tiles`.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ from advrad_fast.kernels.noise import pixel
 from advrad_fast.kernels.philox import lattice4, normals4
 
 COLUMNS = 32  #: of a program of errors_kernel: 8 x 32 pixels, one warp, so that pooling never leaves it
-ROWS, SPAN = 8, 128  #: of a program of the other two; in deviation_kernel with the filter's reach to the left and right
+ROWS = 8  #: of a program of the other two, of arguments.SPAN columns
 NUM_WARPS = 4
-NARROW = 65  #: the largest filter of deviation_kernel without rows_kernel
 
 NOISES = ("none", "gaussian", "lattice")
 
@@ -230,25 +229,6 @@ def deviation_kernel(
     tl.atomic_max(scores.to(tl.pointer_type(tl.int32), bitcast=True) + result, best, sem="relaxed")
 
 
-def difference_scales(
-    input_coefficient: float, output_coefficient: float, signal: float, noise: float, input_scale: float, *, lattice: bool = False
-) -> tuple[float, float, float, float]:
-    """``pixel_scale``, ``offset``, ``noise_scale`` and ``output_scale`` of ``errors_kernel``.
-
-    Args:
-        input_coefficient, output_coefficient: of :func:`advrad_fast.schedule.error_coefficients`, ``smoothed`` with a lattice.
-        signal, noise, input_scale: of the network's inputs, :class:`advrad_fast.schedule.Coefficients`.
-    """
-    x = (0.0 if lattice else 1.0) + input_coefficient * input_scale * signal
-    return x * 2.0 / 255.0, -x, 0.0 if lattice else input_coefficient * input_scale * noise, output_coefficient
-
-
-def tiles(width: int, filter_size: int) -> int:
-    """How many programs of ``deviation_kernel`` share a row."""
-    margin = 0 if filter_size > NARROW else (filter_size // 2 + 3) // 4 * 4
-    return -(-width // (SPAN - 2 * margin))
-
-
 def reconstruction_error(
     images: Any,
     outputs: Any,
@@ -317,7 +297,7 @@ def reconstruction_error(
         for k, v in (("input_coefficient", input_coefficient), ("output_coefficient", output_coefficient), ("signal", signal),
                      ("noise", noise), ("input_scale", input_scale))
     )  # fmt: skip
-    pixel_scale, offset, noise_scale, output_scale = difference_scales(*coefficients, lattice=lattice is not None)
+    pixel_scale, offset, noise_scale, output_scale = arguments.error_scales(*coefficients, lattice=lattice is not None)
     kind = "lattice" if lattice is not None else "gaussian" if noise_scale else "none"
     errors = mu.new_empty((results, height, width))
     errors_kernel[(triton.cdiv(width, COLUMNS), height // 8, results)](
@@ -325,15 +305,15 @@ def reconstruction_error(
         pixel_scale, offset, noise_scale, output_scale, *weights, half, lattice_scale, CHANNELS=channels, NOISE=kind,
         COLUMNS=COLUMNS, num_warps=1,
     )  # fmt: skip
-    wide = filter_size > NARROW
+    wide = filter_size > arguments.NARROW
     if wide:
         sums = mu.new_empty((results, height, width))
-        rows_kernel[(triton.cdiv(width, SPAN), triton.cdiv(height, ROWS), results)](
-            errors, sums, results, height, width, filter_size, SPAN=SPAN, ROWS=ROWS, num_warps=NUM_WARPS
+        rows_kernel[(triton.cdiv(width, arguments.SPAN), triton.cdiv(height, ROWS), results)](
+            errors, sums, results, height, width, filter_size, SPAN=arguments.SPAN, ROWS=ROWS, num_warps=NUM_WARPS
         )
         errors = sums
-    across = tiles(width, filter_size)
+    across = arguments.tiles(width, filter_size)
     deviation_kernel[(across, triton.cdiv(height, ROWS), results)](
         errors, mu, inverse_spread, errors if maps is None else maps, scores, results, height, width, filter_size, across,
-        MAPS=maps is not None, WIDE=wide, SPAN=SPAN, ROWS=ROWS, num_warps=NUM_WARPS,
+        MAPS=maps is not None, WIDE=wide, SPAN=arguments.SPAN, ROWS=ROWS, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 from gpu_emulation import Memory, Module, Report
 from numpy.typing import NDArray
 
-from advrad_fast.kernels import noise, reconstruction_error
+from advrad_fast.kernels.arguments import NARROW, error_scales, noise_scales, tiles
 from advrad_fast.kernels.manifest import Kernel, Manifest
 from advrad_fast.schedule import Coefficients
 
@@ -77,7 +77,7 @@ class Emulator:
         n, h, w, channels = images.shape
         shape = (n * draws, h, w, channels) if channels_last else (n * draws, channels, h, w)
         out = filled(shape, dtype)
-        pixel_scale, offset, noise_scale = noise.scales(c.signal, c.noise, c.input_scale, lattice=table is not None)
+        pixel_scale, offset, noise_scale = noise_scales(c.signal, c.noise, c.input_scale, lattice=table is not None)
         variant = {
             "layout": "nhwc" if channels_last else "nchw", "dtype": dtype, "noise": "gaussian" if table is None else "lattice",
             "channels": channels,
@@ -98,7 +98,7 @@ class Emulator:
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:  # fmt: skip
         """The operation ``reconstruction_error``: scores, and maps if asked for."""
         (n, height, width, channels), results = images.shape, len(outputs) // draws
-        pixel_scale, offset, noise_scale, output_scale = reconstruction_error.difference_scales(
+        pixel_scale, offset, noise_scale, output_scale = error_scales(
             *coefficients, c.signal, c.noise, c.input_scale, lattice=table is not None
         )
         errors, scores = filled((results, height, width)), filled((results,))
@@ -112,7 +112,7 @@ class Emulator:
             "noise_scale": noise_scale, "output_scale": output_scale,
         }, order_seed=order_seed)  # fmt: skip
         self.reports = [first]
-        wide = filter_size > reconstruction_error.NARROW
+        wide = filter_size > NARROW
         if wide:
             sums = filled(errors.shape)
             arguments = {**size, "errors": errors, "sums": sums, "filter_size": filter_size}
@@ -120,7 +120,7 @@ class Emulator:
             errors = sums
         self.reports.append(self.launch("deviation", {"maps": maps, "wide": wide}, {
             **size, "errors": errors, "mu": mu, "inverse_spread": inverse_spread, "maps": out, "scores": scores,
-            "filter_size": filter_size, "tiles": reconstruction_error.tiles(width, filter_size),
+            "filter_size": filter_size, "tiles": tiles(width, filter_size),
         }, order_seed=order_seed))  # fmt: skip
         return scores, out
 

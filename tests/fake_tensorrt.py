@@ -1,15 +1,17 @@
 """TensorRT's Python interface as far as the package uses it, with no GPU behind it: what each of the three libraries has.
 
-The names and signatures are those of the real bindings: of TensorRT 10.3 and 11.4 (their wheels load with stubs for the libraries
-behind them) and of TensorRT-RTX 1.7, which :mod:`test_tensorrt_engine` holds this against where it is installed.
-An engine is ``b"engine"``, the library's version and its batches; running one does nothing but count.
+The names and arguments are those of the real bindings of TensorRT 10.3 and 11.4 and of TensorRT-RTX 1.7: :mod:`tensorrt_names`
+has read them into tensorrt_names.json, which :mod:`test_tensorrt_engine` holds this against.
+An engine is ``b"engine"``, the library's version, its shapes and its model's digest; running one counts, and calls ``execute``.
 """
 
 from __future__ import annotations
 
 import enum
+import hashlib
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,6 +33,9 @@ class ILogger:
     Severity = Severity
 
 
+MODELS: dict[str, bytes] = {}  #: every ONNX model that was parsed, by its digest: engines outlive their library in caches
+
+
 class FakeTensorRT:
     """One library.
 
@@ -42,13 +47,15 @@ class FakeTensorRT:
         calls: what was asked of it, in order.
         fail: the name of the method that fails next, after an error in the log; with ``raises`` by an exception.
         dtype: of the engines' input and output.
+        execute: called with an execution's model, shape, addresses by tensor, and the stream.
     """
 
     def __init__(self, name: str, version: str) -> None:
         self.name, self.version, self.rtx = name, version, name == "tensorrt_rtx"
         self.calls: list[tuple[Any, ...]] = []
         self.fail, self.raises = "", False
-        self.dtype = DataType.HALF
+        self.dtype, self.digest = DataType.HALF, ""
+        self.execute: Callable[[bytes, tuple[int, ...], dict[str, int], int], None] | None = None
         self.logger: Any = None
         self.module: Any = self._module()
 
@@ -99,8 +106,8 @@ class FakeTensorRT:
         class RtxConfig(Config):
             num_compute_capabilities = 0
 
-            def set_compute_capability(self, capability: Any, index: int) -> bool:
-                return index < self.num_compute_capabilities and fake.did("set_compute_capability", capability.name)
+            def set_compute_capability(self, compute_capability: Any, index: int) -> bool:
+                return index < self.num_compute_capabilities and fake.did("set_compute_capability", compute_capability.name)
 
         class Builder:
             def __init__(self, logger: ILogger) -> None:
@@ -121,7 +128,7 @@ class FakeTensorRT:
                     return None
                 fake.logger.log(Severity.WARNING, "a warning")
                 shapes = ";".join(",".join(map(str, profile.shape)) for profile in config.profiles)
-                return f"engine {fake.version} {shapes}".encode()
+                return f"engine {fake.version} {shapes} {fake.digest}".encode()
 
         class Parser:
             num_errors = 1
@@ -130,23 +137,35 @@ class FakeTensorRT:
                 pass
 
             def parse(self, model: bytes, path: str | None = None) -> bool:
+                fake.digest = hashlib.sha256(model).hexdigest()
+                MODELS[fake.digest] = model
                 return fake.did("parse", len(model))
 
             def get_error(self, index: int) -> Any:
                 return types.SimpleNamespace(desc=lambda: "node 3 is unknown")
 
         class Context:
+            def __init__(self, model: str) -> None:
+                self.model, self.addresses = model, dict[str, int]()
+                self.shape: tuple[int, ...] = ()
+
             def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
                 return fake.did("set_optimization_profile_async", profile_index, stream_handle)
 
             def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+                self.shape = shape
                 return fake.did("set_input_shape", name, shape)
 
             def set_tensor_address(self, name: str, memory: int) -> bool:
+                self.addresses[name] = memory
                 return fake.did("set_tensor_address", name, memory)
 
             def execute_async_v3(self, stream_handle: int) -> bool:
-                return fake.did("execute_async_v3", stream_handle)
+                if not fake.did("execute_async_v3", stream_handle):
+                    return False
+                if fake.execute is not None:
+                    fake.execute(MODELS[self.model], self.shape, dict(self.addresses), stream_handle)
+                return True
 
         class RuntimeCache:
             def serialize(self) -> bytes:
@@ -169,7 +188,9 @@ class FakeTensorRT:
 
         class Engine:
             def __init__(self, blob: bytes) -> None:
-                self.shapes = [tuple(map(int, shape.split(","))) for shape in blob.decode().split()[2].split(";")]
+                words = blob.decode().split()
+                self.shapes = [tuple(map(int, shape.split(","))) for shape in words[2].split(";")]
+                self.model = words[3]
                 self.num_optimization_profiles = len(self.shapes)
 
             def get_tensor_dtype(self, name: str) -> DataType:
@@ -186,7 +207,7 @@ class FakeTensorRT:
                     assert fake.rtx and strategy.dynamic_shapes_kernel_specialization_strategy is not None
                     strategy = strategy.strategy
                 assert isinstance(strategy, Strategy)
-                return Context() if fake.did("create_execution_context", strategy.name) else None
+                return Context(self.model) if fake.did("create_execution_context", strategy.name) else None
 
         class RtxEngine(Engine):
             def create_runtime_config(self) -> RuntimeConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from advrad_fast.calibrate import conformal_threshold
 from advrad_fast.config import DetectorConfig, DiffusionConfig, ImageConfig, PoseConfig, ScoreConfig, UNetConfig
 from advrad_fast.graph import expected_tensors
 from advrad_fast.model import ModelFile, round_to_half
+from advrad_fast.smoothing import Smoothing, folded
 
 
 def tiny_model(spread_map: bool = True, half: bool = False, /, **changes: Any) -> ModelFile:
@@ -36,6 +38,37 @@ def tiny_model(spread_map: bool = True, half: bool = False, /, **changes: Any) -
     return ModelFile(**{**fields, **changes})
 
 
+def smoothing(config: DetectorConfig, sigma: float = 0.25, /, **changes: Any) -> Smoothing:
+    """What a model certifies with at ``sigma``: random numbers; other weights than the model's where it has no normalisation."""
+    rng = np.random.default_rng(int(1000 * sigma))
+    size = (config.image.height, config.image.width)
+    channels = sum(folded(config.unet).values())
+    affine = np.stack([rng.uniform(0.5, 1.5, channels), rng.normal(0.0, 0.1, channels)]).astype(np.float32)
+    fields: dict[str, Any] = {
+        "score": ScoreConfig((0.0, 0.5, 0.5, 0.0), 5, True),
+        "mu": rng.random(size, dtype=np.float32) * np.float32(0.05),
+        "spread": rng.random(size, dtype=np.float32) + np.float32(0.5),
+        "calibration_scores": np.sort(rng.random(30)),
+        "draws": 5,
+        "false_alarm_rate": 0.1,
+        "threshold": 0.5,
+        "affine": affine if channels else None,
+    }
+    return Smoothing(sigma, **{**fields, **changes})
+
+
+def certifiable(model: ModelFile, *sigmas: float, **changes: Any) -> ModelFile:
+    """The model with a :func:`smoothing` for each sigma."""
+    return dataclasses.replace(model, smoothing=tuple(smoothing(model.config, sigma, **changes) for sigma in sigmas))
+
+
+def without_norm(model: ModelFile) -> ModelFile:
+    """The model with a network that has no normalisation, like the fast preset's."""
+    unet = dataclasses.replace(model.config.unet, norm_groups=0)
+    weights = {name: model.weights[name] for name in expected_tensors(unet)}
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, unet=unet), weights=weights)
+
+
 def assert_equal(a: ModelFile, b: ModelFile) -> None:
     assert a.config == b.config
     assert list(a.weights) == list(b.weights)
@@ -46,6 +79,12 @@ def assert_equal(a: ModelFile, b: ModelFile) -> None:
     np.testing.assert_array_equal(a.inverse_spread, b.inverse_spread)
     np.testing.assert_array_equal(a.calibration_scores, b.calibration_scores)
     assert (a.threshold, a.false_alarm_rate, a.provenance) == (b.threshold, b.false_alarm_rate, b.provenance)
+    assert a.sigmas == b.sigmas
+    for i, (one, other) in enumerate(zip(a.smoothing, b.smoothing, strict=True)):
+        assert one.document() == other.document()
+        assert list(one.tensors(i)) == list(other.tensors(i))
+        for name, array in one.tensors(i).items():
+            np.testing.assert_array_equal(array, other.tensors(i)[name])
     assert a.fingerprint == b.fingerprint
 
 

@@ -286,8 +286,9 @@ def test_train_then_inspect(tmp_path: Path, capsys: Capture) -> None:
     ("options", "message"), [((), "no such folder"), (("--preset", "quick"), "fast"), (("--steps", "0"), "steps: expected")]
 )
 def test_training_that_cannot_be_done(tmp_path: Path, capsys: Capture, options: tuple[str, ...], message: str) -> None:
-    out = tmp_path / "out.safetensors"
-    assert run("train", tmp_path / "nowhere", "--out", out, *options) == 2
+    out, data = tmp_path / "out.safetensors", tmp_path / ("good" if options else "nowhere")
+    save(tmp_path / "good" / "a.png", np.zeros((32, 32), np.uint8))
+    assert run("train", data, "--out", out, *options) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("advrad-fast: ") and message in captured.err
     assert not out.exists()

@@ -32,7 +32,7 @@ def test_prepared_folder_can_be_trained_on(tmp_path: Path) -> None:
 def test_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--out", str(tmp_path), "--limit", "3", "--backend", "cpu"]) == 0
     page = (tmp_path / "index.html").read_text()
-    assert page.count("<figure") == 6
+    assert page.count('<figure class="card') == 6
     assert not re.search(r'src="(?!data:)', page)  # opens from the disk alone
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (figures["n_good"], figures["n_bad"]) == (3, 3)

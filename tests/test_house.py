@@ -23,13 +23,13 @@ KERNELS = ROOT / "kernels"  # installs as advrad_fast.kernels
 
 # From the ground up: a module imports from its own floor or lower ones.  A package stands for all its modules.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "schedule", "philox", "lattice", "files"),
-    ("images", "pose", "model", "certify", "calibrate", "graph", "graph_precision"),
+    ("errors", "config", "schedule", "philox", "lattice", "files", "untrusted"),
+    ("images", "pose", "model", "smoothing", "certify", "calibrate", "graph", "graph_precision"),
     ("kernels", "_native", "reference"),
     ("backends",),
-    ("detector",),
+    ("detector", "voting"),
     ("",),  # the package's public face
-    ("training", "evaluation", "overlay"),
+    ("training", "evaluation", "overlay", "line"),
     ("bench",),
     ("cli", "demo", "__main__"),
 )
@@ -43,8 +43,14 @@ HOMES = {
     "nncf": ("backends",),
     "tensorrt": ("backends", "cli"),
     "tensorrt_rtx": ("backends", "cli"),
+    "ray": ("evaluation.spread",),
     "pycuda": ("backends", "cli", "kernels"),
     "triton": ("kernels",),
+    "cv2": ("line",),
+    "harvesters": ("line",),
+    "genicam": ("line",),
+    "paho": ("line",),
+    "prometheus_client": ("line",),
 }
 
 # The fused operations under csrc/ and kernels/, and those that are still to come.

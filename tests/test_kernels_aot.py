@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,10 @@ def test_every_target_is_built(built: Manifest) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_gate(built: Manifest, target: str) -> None:
     """No spills, no stack, the widths that are meant, and registers for at least two warps on each scheduler."""
-    for kernel in (k for k in built.kernels if k.target == target):
-        used = resources.inspect(built.image(kernel, "cubin"))
+    kernels = [kernel for kernel in built.kernels if kernel.target == target]
+    with ThreadPoolExecutor(2) as pool:  # the disassembler is a process of its own
+        inspected = list(pool.map(lambda kernel: resources.inspect(built.image(kernel, "cubin")), kernels))
+    for kernel, used in zip(kernels, inspected, strict=True):
         what = f"{kernel.name} {dict(kernel.variant)} {target}: {used}"
         assert kernel.spills == used.spills == 0 and kernel.stack == used.stack == 0, what
         assert kernel.registers == used.registers <= 192, what

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import struct
 import subprocess
 import sys
 import threading
@@ -92,6 +93,23 @@ def test_a_prepared_launch(driver: FakeDriver, bench: Bench) -> None:
         launch()
         assert (bench.result() == 2 * value - 1).all()
     assert len(driver.launches) == 3
+
+
+def test_a_prepared_launch_with_other_arguments(driver: FakeDriver, bench: Bench) -> None:
+    """Each launch has what was set before it; what the grid follows from stays."""
+    bench.cuda.memset_d32(bench.x, 0, N)
+    launch = bench.kernel.prepare(bench.stream, **bench.arguments)
+    for b in (3.0, 4.0):
+        launch.set(b=b, x=int(bench.x))
+        launch()
+    assert (bench.result() == 4.0).all()
+    assert [struct.unpack_from("f", each.parameters, 24)[0] for each in driver.launches] == [3.0, 4.0]
+    assert [ctypes.c_float.from_address(launch.addresses[4]).value, len(launch.addresses)] == [4.0, 6]
+    with pytest.raises(ConfigError, match="b: expected a number"):
+        launch.set(b="2")
+    for name in ("n", "scratch", "c"):
+        with pytest.raises(ConfigError, match=rf"argument to change: expected one of \['a', 'b', 'out', 'x'\], got '{name}'"):
+            launch.set(**{name: 1})
 
 
 def test_launches_are_captured(driver: FakeDriver, bench: Bench) -> None:
@@ -388,6 +406,22 @@ def test_closing_twice_and_use_after_closing(driver: FakeDriver) -> None:
     gpu.close()
     with pytest.raises(InferenceError, match="was closed"):
         gpu.push()
+
+
+def test_closing_leaves_the_stack_of_contexts(driver: FakeDriver) -> None:
+    """Whoever closes it, and whatever is current there."""
+    gpus = [open_gpu() for _ in range(3)]
+    gpus.pop().close()
+    assert driver.contexts.stack == []
+    mine = gpus[0].cuda.Device(0).make_context()
+    gpus.pop().close()
+    assert [context.handle for context in driver.contexts.stack] == [mine.handle]
+    mine.pop()
+    mine.detach()
+    thread = threading.Thread(target=gpus.pop().close)
+    thread.start()
+    thread.join()
+    assert driver.contexts.stack == driver.contexts.retained() == []
 
 
 def test_no_pycuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import pickle
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import assert_equal, tiny_model
+from models import assert_equal, certifiable, tiny_model, without_norm
+from models import smoothing as make_smoothing
 from safetensors.numpy import load_file
 
 from advrad_fast.calibrate import conformal_threshold
 from advrad_fast.config import DetectorConfig, ScoreConfig
 from advrad_fast.errors import CalibrationError, ModelFileError
 from advrad_fast.model import ModelFile, round_to_half
+from advrad_fast.smoothing import folded
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -31,6 +34,53 @@ def test_round_trip(tmp_path: Path, spread: bool, half: bool) -> None:
         assert not array.flags.writeable
     assert loaded.calibration_scores.dtype == np.float64
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("model", [tiny_model(), without_norm(tiny_model(True, True))], ids=["group norm", "no norm"])
+def test_round_trip_of_what_it_certifies_with(tmp_path: Path, model: ModelFile) -> None:
+    assert model.sigmas == ()
+    plain = dataclasses.replace(make_smoothing(model.config, 0.5), spread=None, score=ScoreConfig(filter_size=3))
+    both = dataclasses.replace(model, smoothing=(make_smoothing(model.config, 0.125), plain))
+    both.save(tmp_path / "a", half=not model.config.unet.norm_groups)
+    loaded = ModelFile.load(tmp_path / "a")
+    assert loaded.sigmas == (0.125, 0.5)
+    assert_equal(both, loaded)
+    assert loaded.fingerprint != model.fingerprint
+    assert [s.score for s in loaded.smoothing] == [s.score for s in both.smoothing]
+    np.testing.assert_array_equal(loaded.smoothing[1].inverse_spread, np.ones((8, 16)))
+    config = loaded.smoothing[0].config(loaded.config)
+    assert (config.diffusion.timestep, config.diffusion.draws) == (73, 1)
+    assert config.score == loaded.smoothing[0].score and config.image == loaded.config.image
+
+
+def test_weights_at_a_sigma_differ_by_a_factor_and_a_bias_a_channel() -> None:
+    model = certifiable(without_norm(tiny_model()), 0.25)
+    (smoothing,), affine = model.smoothing, model.smoothing[0].affine
+    assert affine is not None
+    weights = smoothing.weights(model.config.unet, model.weights)
+    assert list(weights) == list(model.weights)
+    names = list(folded(model.config.unet))
+    assert len(names) == 10 and sum(folded(model.config.unet).values()) == affine.shape[1]
+    at = names.index("middle1.block.conv2") * 2  # two channels everywhere
+    kernel = model.weights["middle1.block.conv2.weight"][1] * affine[0, at + 1]
+    np.testing.assert_array_equal(weights["middle1.block.conv2.weight"][1], kernel)
+    np.testing.assert_array_equal(weights["middle1.block.conv2.bias"], affine[1, at : at + 2])
+    changed = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
+    assert {n for n in weights if not np.array_equal(weights[n], model.weights[n])} == changed
+    same = certifiable(tiny_model(), 0.25)
+    weights = same.smoothing[0].weights(same.config.unet, same.weights)
+    assert all(weights[name] is array for name, array in same.weights.items())
+
+
+def test_schema_1_is_still_read(tmp_path: Path) -> None:
+    model, path = tiny_model(), tmp_path / "a"
+    model.save(path)
+    data = path.read_bytes()
+    text = data[8 : 8 + int.from_bytes(data[:8], "little")]
+    old = text.replace(rb"\"schema\": 2", rb"\"schema\": 1").replace(rb", \"smoothing\": []", b"")
+    assert len(old) < len(text)
+    path.write_bytes(len(old).to_bytes(8, "little") + old + data[8 + len(text) :])
+    assert_equal(ModelFile.load(path), model)
 
 
 def test_half_is_half_the_size_and_never_changes_a_weight(tmp_path: Path) -> None:
@@ -102,6 +152,9 @@ def test_thresholds() -> None:
     assert model.with_threshold(2.0, 0.3).false_alarm_rate == 0.3
     with pytest.raises(ModelFileError, match="threshold: expected a finite number"):
         model.with_threshold(float("nan"))
+    several = certifiable(model, 0.125, 0.25).with_false_alarm_rate(0.5)
+    for smoothing in several.smoothing:
+        assert (smoothing.threshold, smoothing.false_alarm_rate) == (conformal_threshold(smoothing.calibration_scores, 0.5), 0.5)
 
 
 def test_inverse_spread() -> None:
@@ -208,3 +261,51 @@ def test_inconsistent_fields(changes: dict[str, Any], message: str) -> None:
 def test_a_spread_that_the_configuration_does_not_use() -> None:
     with pytest.raises(ModelFileError, match="spread: expected None"):
         tiny_model(False, spread=tiny_model().spread)
+
+
+SIZE = (8, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score": {}}, r"smoothing\[0\].score: expected a ScoreConfig"),
+        ({"draws": 4}, r"smoothing\[0\].draws: expected an odd integer"),
+        ({"draws": True}, "draws"),
+        ({"draws": 0}, "draws"),
+        ({"draws": 2**16 + 1}, "draws"),
+        ({"mu": np.zeros((16, 8), np.float32)}, r"smoothing\[0\].mu: expected a float32 array \(8, 16\)"),
+        ({"spread": None}, r"smoothing\[0\].spread: expected a map"),
+        ({"spread": np.zeros(SIZE, np.float32)}, r"smoothing\[0\].spread: expected values >="),
+        ({"score": ScoreConfig()}, r"smoothing\[0\].spread: expected None"),
+        ({"calibration_scores": np.array([1.0, 0.5])}, r"smoothing\[0\].calibration_scores: .*rising"),
+        ({"false_alarm_rate": 1.0}, r"smoothing\[0\].false_alarm_rate: expected a number in \(0, 1\)"),
+        ({"threshold": np.nan}, r"smoothing\[0\].threshold"),
+        ({"affine": None}, r"smoothing\[0\].affine: expected a float32 array \(2, 20\), got 'NoneType'"),
+        ({"affine": np.zeros((2, 19), np.float32)}, r"affine: .*\(2, 20\)"),
+        ({"affine": np.full((2, 20), np.inf, np.float32)}, "affine: expected finite"),
+        ({"affine": np.full((2, 20), 1e7, np.float32)}, "affine: expected factors up to 1e6"),
+    ],
+)
+def test_inconsistent_smoothing(changes: dict[str, Any], message: str) -> None:
+    model = without_norm(tiny_model())
+    with pytest.raises(ModelFileError, match=message):
+        dataclasses.replace(model, smoothing=(dataclasses.replace(make_smoothing(model.config), **changes),))
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, True, "0.25", float("nan"), 0.001, 2.5, None])
+def test_sigmas_out_of_range(sigma: Any) -> None:
+    with pytest.raises(ModelFileError, match=r"smoothing\[0\].sigma: expected a sigma within"):
+        tiny_model(smoothing=(dataclasses.replace(make_smoothing(tiny_model().config), sigma=sigma),))
+
+
+def test_a_list_that_is_none() -> None:
+    one, two = (make_smoothing(tiny_model().config, sigma) for sigma in (0.25, 0.5))
+    for value in ([one], (1,), None, (one,) * 9):
+        with pytest.raises(ModelFileError, match="smoothing: expected a tuple of at most 8"):
+            tiny_model(smoothing=value)
+    for sigmas in ((two, one), (one, one)):
+        with pytest.raises(ModelFileError, match="smoothing: expected sigmas in rising order"):
+            tiny_model(smoothing=sigmas)
+    with pytest.raises(ModelFileError, match="affine: expected None"):
+        tiny_model(smoothing=(dataclasses.replace(one, affine=np.zeros((2, 20), np.float32)),))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import tiny_model
+from models import certifiable, tiny_model, without_norm
 from safetensors.numpy import save as serialise
 
 import advrad_fast.model
@@ -40,7 +40,7 @@ def _join(header: object, body: bytes) -> bytes:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("model") / "a"
-    tiny_model().save(path)
+    certifiable(without_norm(tiny_model()), 0.125, 0.25).save(path)
     return path.read_bytes()
 
 
@@ -84,6 +84,12 @@ def _shift(header: dict[str, Any]) -> None:
         (_entry("mu", data_offsets=[2**63, 2**63 + 512]), "mu.data_offsets"),
         (_entry("mu", data_offsets=[0, 512]), "data_offsets: expected to begin at"),
         (_entry("mu", more=1), "mu: expected an object"),
+        (_entry("smoothing.0.mu", dtype="F16"), "smoothing.0.mu.dtype: expected F32"),
+        (_entry("smoothing.0.affine", dtype="F16"), "smoothing.0.affine.dtype: expected F32"),
+        (_entry("smoothing.1.affine", shape=[20, 2]), r"smoothing.1.affine.shape: expected \[2, 20\]"),
+        (_entry("smoothing.1.calibration_scores", shape=[2**40]), "smoothing.1.calibration_scores.shape"),
+        (lambda header: header.pop("smoothing.1.spread"), r"tensors: missing \['smoothing.1.spread'\]"),
+        (lambda header: header.update({"smoothing.2.mu": header["mu"]}), r"tensors: .*unknown \['smoothing.2.mu'\]"),
         (_shift, "data_offsets: expected to begin at"),
         (lambda header: header.update(mu=1), "mu: expected an object"),
         (lambda header: header.pop("mu"), r"tensors: missing \['mu'\]"),
@@ -129,7 +135,9 @@ WIDE = {"base_channels": 4096, "channel_mult": [1], "norm_groups": 32, "num_res_
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_nested(schema=2), "schema: expected 1 .*later.* got 2"),
+        (_nested(schema=3), "schema: expected 1 to 2 .*later.* got 3"),
+        (_nested(schema=0), "schema"),
+        (_nested(schema=1), "advrad_fast: missing .*unknown .*'smoothing'"),
         (_nested(schema=True), "schema"),
         (_nested(more=1), "advrad_fast: missing .*unknown .*'more'"),
         (lambda document: document.pop("threshold"), r"advrad_fast: missing \['threshold'\]"),
@@ -145,6 +153,22 @@ WIDE = {"base_channels": 4096, "channel_mult": [1], "norm_groups": 32, "num_res_
         (_nested(config__unet__prediction=[]), "config.unet.prediction"),
         (_nested(config__unet__base_channels=4), "unet.*shape"),
         (_nested(config__score__spread=False), r"tensors: missing \[\], unknown \['spread'\]"),
+        (lambda document: document.pop("smoothing"), r"advrad_fast: missing \['smoothing'\]"),
+        (_nested(smoothing={}), "smoothing: expected a list of at most 8"),
+        (_nested(smoothing=[]), "tensors: .*unknown .*smoothing.0.affine"),
+        (_nested(smoothing=[{}] * 9), "smoothing: expected a list of at most 8"),
+        (_nested(smoothing=[1, 2]), r"smoothing\[0\]: expected an object"),
+        (lambda document: document["smoothing"].append(document["smoothing"][0]), r"tensors: missing .*smoothing.2.affine"),
+        (lambda document: document["smoothing"].reverse(), "smoothing: expected sigmas in rising order"),
+        (lambda document: document["smoothing"][1].pop("draws"), r"smoothing\[1\]: missing \['draws'\]"),
+        (lambda document: document["smoothing"][1].update(more=1), r"smoothing\[1\]: missing \[\], unknown \['more'\]"),
+        (lambda document: document["smoothing"][1].update(sigma="1"), r"smoothing\[1\].sigma: expected a sigma within"),
+        (lambda document: document["smoothing"][1].update(sigma=1e308), r"smoothing\[1\].sigma: expected a sigma within"),
+        (lambda document: document["smoothing"][1].update(draws=2.0), r"smoothing\[1\].draws: expected an odd integer"),
+        (lambda document: document["smoothing"][1].update(score=[]), r"smoothing\[1\].score: expected an object"),
+        (lambda document: document["smoothing"][1]["score"].update(spread=False), "tensors: .*unknown .*smoothing.1.spread"),
+        (lambda document: document["smoothing"][1]["score"].update(filter_size=2), r"smoothing\[1\].score: .*odd"),
+        (_nested(config__unet__norm_groups=1), "tensors: missing .*norm"),
         (lambda document: document["config"]["unet"].update(WIDE), "config.unet: expected a network of at most"),
     ],
 )
@@ -210,10 +234,14 @@ def test_size_must_match(tmp_path: Path, saved: bytes, monkeypatch: pytest.Monke
 
 def test_values_that_are_not_finite(tmp_path: Path, saved: bytes) -> None:
     header, _, body = _split(saved)
-    for name in ("mu", "spread", "unet.stem.weight", "calibration_scores"):
-        begin = header[name]["data_offsets"][0]
-        for value in (b"\xff" * 8, struct.pack("<d", np.inf) if name == "calibration_scores" else struct.pack("<2f", np.inf, 0)):
-            with pytest.raises(ModelFileError, match=f"{name.removeprefix('unet.')}: expected finite"):
+    names = ("mu", "spread", "unet.stem.weight", "calibration_scores", "smoothing.0.affine", "smoothing.1.calibration_scores")
+    for name in names:
+        begin, said = header[name]["data_offsets"][0], name.removeprefix("unet.").split(".", 2)[-1]
+        for value in (
+            b"\xff" * 8,
+            struct.pack("<d" if "scores" in name else "<2f", *[np.inf, 0][: 1 if "scores" in name else 2]),
+        ):
+            with pytest.raises(ModelFileError, match=f"{said}: expected finite"):
                 _load(tmp_path, _join(header, body[:begin] + value + body[begin + 8 :]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -11,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advrad_fast.config import DetectorConfig
-from advrad_fast.errors import ConfigError, ImageError, InferenceError, ModelFileError, expected
+from advrad_fast.errors import BackendUnavailableError, ConfigError, ImageError, InferenceError, ModelFileError, expected
 from advrad_fast.philox import check_seed
 
-Precision = Literal["auto", "fp32", "bf16", "int8"]
-PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16", "int8")
+Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "fp8"]
+PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "fp16", "bf16", "int8", "fp8")
 
 MAX_THREADS = 1024
 
@@ -29,12 +30,39 @@ class Scores:
     Attributes:
         scores: float32 (N,), finite.
         maps: float32 (N, H, W), finite, or None where none were asked for.  A score is its map's maximum.
-        timings: milliseconds over all N images spent on ``noise``, ``network`` and ``error``.
+        timings: milliseconds over all N images spent on ``noise``, ``network`` and ``error``, or on ``device`` where a GPU
+            does all of them in one piece.
     """
 
     scores: Array
     maps: Array | None
     timings: dict[str, float]
+
+
+class Votes(Protocol):
+    """The detector inside randomised smoothing at one sigma: it sees x + delta and nothing else.  Thread-safe.
+
+    delta is lattice noise of :mod:`advrad_fast.lattice`, the same integers on every backend.
+    """
+
+    @property
+    def batch(self) -> int:
+        """Draws a call of the network: the number to ask for at a time."""
+
+    def scores(self, image: NDArray[np.uint8], *, seed: int, draws: int, first_draw: int = 0) -> Array:
+        """One score for each of the draws [first_draw, first_draw + draws) of ``seed``: a function of (image, seed, draw).
+
+        Args:
+            image: uint8 (H, W, C) of the configured size, prepared.
+
+        Returns:
+            float32 (draws,), finite.
+
+        Raises:
+            ImageError: the dtype or the shape is not the configured one.
+            ConfigError: the seed or a number of draws is out of range.
+            InferenceError: the engine failed or returned something not finite: a fault is no vote.
+        """
 
 
 class Backend(Protocol):
@@ -46,7 +74,7 @@ class Backend(Protocol):
 
     @property
     def precision(self) -> str:
-        """What the network computes in: ``fp32``, ``bf16`` or ``int8``."""
+        """What the network computes in: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``."""
 
     def score(self, images: NDArray[np.uint8], *, seed: int, want_maps: bool) -> Scores:
         """Score images.  An image's result depends on it and on ``seed``, never on its neighbours.
@@ -60,6 +88,20 @@ class Backend(Protocol):
             ImageError: the dtype or the shape is not the configured one.
             ConfigError: the seed is out of range.
             InferenceError: the engine failed, or returned something not finite.
+        """
+
+    def votes(
+        self, config: DetectorConfig, weights: Mapping[str, Array], mu: Array, inverse_spread: Array, *, sigma: float
+    ) -> Votes:
+        """The smoothed detector, on this device and with this backend's options.
+
+        Args:
+            config: with the score at ``sigma``; the timestep follows from ``sigma``.
+            weights, mu, inverse_spread: at ``sigma``.
+            sigma: of the noise, in [0, 1] pixel units.
+
+        Raises:
+            ConfigError, ModelFileError, BackendUnavailableError: as for the backend itself.
         """
 
 
@@ -78,14 +120,39 @@ class BackendStatus:
     detail: str
 
 
+def check_draws(
+    config: DetectorConfig, image: NDArray[np.uint8], seed: int, draws: int, first_draw: int
+) -> tuple[NDArray[np.uint8], int]:
+    """What :meth:`Votes.scores` is given, checked: the image, C-contiguous (1, H, W, C), and the seed.
+
+    Raises:
+        ImageError, ConfigError: as there.
+    """
+    size = config.image
+    shape = (size.height, size.width, size.channels)
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != shape:
+        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ImageError(f"image: expected uint8 {shape}, got {got}")
+    seed = check_seed(seed)
+    for name, value in (("draws", draws), ("first_draw", first_draw)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= 2**31:
+            raise ConfigError(expected(name, f"an integer in [0, {2**31}]", value))
+    return np.ascontiguousarray(image[None]), seed
+
+
+def check_scores(scores: Array) -> Array:
+    """``scores`` if all are finite, or an InferenceError."""
+    if not np.isfinite(scores).all():
+        raise InferenceError(expected("scores", "finite numbers", scores[~np.isfinite(scores)][0]))
+    return scores
+
+
 @dataclass(frozen=True)
 class Frame:
-    """One image's result, before it is checked: its score, and the milliseconds of the three steps."""
+    """One image's result, before it is checked: its score, and the milliseconds of each of the backend's steps."""
 
     score: float
-    noise: float
-    network: float
-    error: float
+    timings: dict[str, float]
 
 
 class FrameBackend(ABC):
@@ -93,6 +160,7 @@ class FrameBackend(ABC):
 
     name: str
     precision: str
+    steps: tuple[str, ...] = ("noise", "network", "error")
 
     def __init__(self, config: DetectorConfig, mu: Array, inverse_spread: Array) -> None:
         size = (config.image.height, config.image.width)
@@ -105,6 +173,12 @@ class FrameBackend(ABC):
     def _frame(self, image: NDArray[np.uint8], seed: int, maps: Array | None) -> Frame:
         """Score one C-contiguous image (1, H, W, C), and fill in its map (1, H, W) if there is one to fill in."""
 
+    def votes(
+        self, config: DetectorConfig, weights: Mapping[str, Array], mu: Array, inverse_spread: Array, *, sigma: float
+    ) -> Votes:
+        """See :meth:`Backend.votes`; here for backends without a smoothed detector."""
+        raise BackendUnavailableError(f"certify: the {self.name} backend cannot yet; use backend='cpu'")
+
     def score(self, images: NDArray[np.uint8], *, seed: int, want_maps: bool) -> Scores:
         """See :meth:`Backend.score`."""
         seed = check_seed(seed)
@@ -115,7 +189,7 @@ class FrameBackend(ABC):
             raise ImageError(f"images: expected uint8 (N, {', '.join(map(str, shape))}), got {got}")
         scores = np.empty(len(images), dtype=np.float32)
         maps = np.empty((len(images), *shape[:2]), dtype=np.float32) if want_maps else None
-        timings = dict.fromkeys(("noise", "network", "error"), 0.0)
+        timings = dict.fromkeys(self.steps, 0.0)
         for i in range(len(images)):
             only = None if maps is None else maps[i : i + 1]
             frame = self._frame(np.ascontiguousarray(images[i : i + 1]), seed, only)
@@ -125,7 +199,7 @@ class FrameBackend(ABC):
             if only is not None and not np.isfinite(only).all():
                 raise InferenceError(f"images[{i}]: expected a finite anomaly map, got {only.size} values with NaN or infinity")
             for name in timings:
-                timings[name] += getattr(frame, name)
+                timings[name] += frame.timings[name]
         return Scores(scores, maps, timings)
 
 
@@ -138,10 +212,10 @@ def check_threads(threads: object) -> int | None:
     return int(threads)
 
 
-def check_precision(precision: Any) -> Precision:
-    """``precision`` as one of PRECISIONS, or a ConfigError."""
-    if precision not in PRECISIONS:
-        raise ConfigError(expected("precision", f"one of {list(PRECISIONS)}", precision))
+def check_precision(precision: Any, known: tuple[str, ...] = PRECISIONS, whose: str = "") -> Precision:
+    """``precision`` as one of ``known``, or a ConfigError; ``whose``: said in it."""
+    if precision not in known:
+        raise ConfigError(expected("precision", f"one of {list(known)}{whose}", precision))
     return precision  # type: ignore[no-any-return]
 
 

@@ -22,6 +22,7 @@ from advrad_fast.backends.base import (
     Frame,
     FrameBackend,
     Precision,
+    Votes,
     check_precision,
     check_threads,
     milliseconds,
@@ -33,6 +34,8 @@ from advrad_fast.errors import BackendUnavailableError, ConfigError, InferenceEr
 from advrad_fast.graph import check_weights
 
 EngineName = Literal["auto", "native", "openvino"]
+
+PRECISIONS = ("auto", "fp32", "bf16", "int8")
 
 
 class Request(Protocol):
@@ -87,7 +90,11 @@ class CpuBackend(FrameBackend):
     ) -> None:
         super().__init__(config, mu, inverse_spread)
         check_weights(config.unet, weights)
-        threads, precision, folder = check_threads(threads), check_precision(precision), cache.folder(cache_dir)
+        threads, precision, folder = (
+            check_threads(threads),
+            check_precision(precision, PRECISIONS, " for the cpu backend"),
+            cache.folder(cache_dir),
+        )
         self._mu, self._inverse_spread = (np.array(array, order="C") for array in (mu, inverse_spread))
         self._coefficients = schedule.coefficients(
             config.unet.prediction,
@@ -96,11 +103,21 @@ class CpuBackend(FrameBackend):
         )
         self._error_coefficients = schedule.error_coefficients(self._coefficients)
         self._engine = compile_network(config, weights, precision=precision, engine=engine, threads=threads, folder=folder)
+        self._options = {"precision": precision, "engine": engine, "threads": threads, "cache_dir": cache_dir}
         self.precision = self._engine.precision
         self._kept: tuple[int, Array | None] | None = None  # the last seed, and its noise once it came twice
         # Requests and their input arrays, one for every thread that has been inside _frame at the same time.
         self._requests: SimpleQueue[Request] = SimpleQueue()
         self._requests.put(self._engine.request())
+
+    def votes(
+        self, config: DetectorConfig, weights: Mapping[str, Array], mu: Array, inverse_spread: Array, *, sigma: float
+    ) -> Votes:
+        """See :meth:`advrad_fast.backends.base.Backend.votes`."""
+        made: Votes = importlib.import_module("advrad_fast.backends.cpu_votes").CpuVotes(
+            config, weights, mu, inverse_spread, sigma=sigma, **self._options
+        )
+        return made
 
     def _frame(self, image: NDArray[np.uint8], seed: int, maps: Array | None) -> Frame:
         config, c = self._config, self._coefficients
@@ -141,12 +158,12 @@ class CpuBackend(FrameBackend):
         end = now()
         if np.isfinite(scores[0]):  # a NaN may live on in an engine's memory: such a request is not used again
             self._requests.put(request)
-        return Frame(
-            score=float(scores[0]),
-            noise=milliseconds(start, noised),
-            network=milliseconds(noised, inferred),
-            error=milliseconds(inferred, end),
-        )
+        timings = {
+            "noise": milliseconds(start, noised),
+            "network": milliseconds(noised, inferred),
+            "error": milliseconds(inferred, end),
+        }
+        return Frame(float(scores[0]), timings)
 
     def _normals(self, seed: int) -> Array | None:
         """The noise of a seed that comes again, as every frame's does by default; None for a new one.

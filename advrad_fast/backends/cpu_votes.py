@@ -1,4 +1,8 @@
-"""The smoothed detector on CPUs: many scores of one frame, each under lattice noise of its own."""
+"""The smoothed detector on CPUs: many scores of one frame, each under lattice noise of its own.
+
+A batch goes through noise, network and error one after the other.  On a CPU all three run on the same cores, so there is no
+second unit that a second buffer could keep busy meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +19,11 @@ from numpy.typing import NDArray
 from advrad_fast import _native as operations
 from advrad_fast import lattice, schedule
 from advrad_fast.backends import cache
-from advrad_fast.backends.base import Array, Precision, check_precision, check_threads
-from advrad_fast.backends.cpu import Engine, EngineName, Request, choose, compile_network, processor
+from advrad_fast.backends.base import Array, Precision, check_draws, check_precision, check_scores, check_threads
+from advrad_fast.backends.cpu import PRECISIONS, Engine, EngineName, Request, choose, compile_network, processor
 from advrad_fast.config import DetectorConfig
-from advrad_fast.errors import ConfigError, ImageError, InferenceError, expected
+from advrad_fast.errors import ConfigError, InferenceError, expected
 from advrad_fast.graph import check_weights
-from advrad_fast.philox import check_seed
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +65,11 @@ class CpuVotes:
         batch: int | None = None,
     ) -> None:
         check_weights(config.unet, weights)
-        threads, precision, folder = check_threads(threads), check_precision(precision), cache.folder(cache_dir)
+        threads, precision, folder = (
+            check_threads(threads),
+            check_precision(precision, PRECISIONS, " for the cpu backend"),
+            cache.folder(cache_dir),
+        )
         timestep = schedule.timestep_for_sigma(config.diffusion, sigma)
         self._lattice = operations.Lattice(lattice.thresholds(sigma))
         self.config = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, timestep=timestep))
@@ -84,39 +92,22 @@ class CpuVotes:
             raise ConfigError(expected("batch", "None or an integer in [1, 4096]", batch))
         else:
             self.batch, self._engine = batch, build(batch)
+        # Requests and their input arrays, one for every thread that has been inside scores at the same time.
+        self._requests: SimpleQueue[Request] = SimpleQueue()
 
     def scores(self, image: NDArray[np.uint8], *, seed: int, draws: int, first_draw: int = 0) -> Array:
-        """One score for each of the draws [first_draw, first_draw + draws) of ``seed``.
-
-        Args:
-            image: uint8 (H, W, C) of the configured size, prepared.
-
-        Returns:
-            float32 (draws,), finite.
-
-        Raises:
-            ImageError: the dtype or the shape is not the configured one.
-            ConfigError: the seed or a number of draws is out of range.
-            InferenceError: the engine returned something not finite: a fault is no vote.
-        """
-        size = self.config.image
-        shape = (size.height, size.width, size.channels)
-        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != shape:
-            got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise ImageError(f"image: expected uint8 {shape}, got {got}")
-        seed = check_seed(seed)
-        for name, value, low in (("draws", draws, 0), ("first_draw", first_draw, 0)):
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= 2**31:
-                raise ConfigError(expected(name, f"an integer in [{low}, {2**31}]", value))
-        frame = np.ascontiguousarray(image[None])
-        request = self._engine.request()
+        """See :meth:`advrad_fast.backends.base.Votes.scores`."""
+        frame, seed = check_draws(self.config, image, seed, draws, first_draw)
+        try:
+            request = self._requests.get_nowait()
+        except Empty:
+            request = self._engine.request()
         scores = np.empty(-(-draws // self.batch) * self.batch, dtype=np.float32)
         for start in range(0, draws, self.batch):
             self._batch(request, frame, seed, first_draw + start, scores[start : start + self.batch])
-        scores = scores[:draws]
-        if not np.isfinite(scores).all():
-            raise InferenceError(expected("scores", "finite numbers", scores[~np.isfinite(scores)][0]))
-        return scores
+        if np.isfinite(scores).all():  # a NaN may live on in an engine's memory: such a request is not used again
+            self._requests.put(request)
+        return check_scores(scores[:draws])
 
     def _batch(self, request: Request, frame: NDArray[np.uint8], seed: int, first_draw: int, scores: Array) -> None:
         c, config, threads = self._coefficients, self.config.score, self._engine.threads

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import logging
+import os
 import platform
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -17,13 +21,43 @@ from advrad_fast.backends import cache
 from advrad_fast.backends.base import Array
 from advrad_fast.backends.telemetry import no_telemetry
 from advrad_fast.config import DetectorConfig
-from advrad_fast.errors import BackendUnavailableError, InferenceError
+from advrad_fast.errors import AdvRADError, BackendUnavailableError, InferenceError
 from advrad_fast.graph import GRAPH_VERSION, build_graph
 
 with no_telemetry():
     import openvino as ov
 
 _log = logging.getLogger(__name__)
+
+# A forked child has OpenVINO's locks, as they happened to be, and none of its threads: what it calls may hang, once in ten
+# times where OpenVINO had only been loaded before the fork.  So nothing there is called, not even a destructor.
+_forked = False
+_native_objects: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _mark_forked() -> None:
+    global _forked
+    _forked = True
+    for owner in list(_native_objects):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner.native))
+    with contextlib.suppress(AttributeError, OSError):  # glibc's: exit handlers of the libraries are skipped, Python's are not
+        libc = ctypes.CDLL(None)
+        libc.on_exit(libc._exit, None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mark_forked)
+
+_ADVICE = (
+    "OpenVINO was loaded before this process was forked and would hang in it: start processes with multiprocessing's 'spawn', or"
+    " load detectors in the children only"
+)
+
+
+def _check_process(error: type[AdvRADError]) -> None:
+    """Raise ``error`` in a child that was forked after OpenVINO was loaded."""
+    if _forked:
+        raise error(f"cpu: {_ADVICE}")
 
 
 class OpenVinoEngine:
@@ -36,7 +70,8 @@ class OpenVinoEngine:
         folder: the cache of compiled networks; None for none.
 
     Raises:
-        BackendUnavailableError: OpenVINO cannot compile the network, or there is no int8 network in the cache.
+        BackendUnavailableError: OpenVINO cannot compile the network, there is no int8 network in the cache, or this is a child
+            that was forked after OpenVINO was loaded.
     """
 
     name = "OpenVINO"
@@ -54,14 +89,20 @@ class OpenVinoEngine:
         self.precision = precision
         self._shape = (batch, config.image.channels, config.image.height, config.image.width)
         try:
-            self._compiled = _compile(config, weights, precision, batch=batch, threads=threads, folder=folder)
-            self.threads = int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
+            self.native = _compile(config, weights, precision, batch=batch, threads=threads, folder=folder)
+            self.threads = int(self.native.get_property("INFERENCE_NUM_THREADS"))
         except RuntimeError as error:
             raise BackendUnavailableError(f"cpu: OpenVINO cannot compile the network: {error}") from error
+        _native_objects.add(self)
 
     def request(self) -> OpenVinoRequest:
-        """Something that runs the network; not for two threads at once."""
-        return OpenVinoRequest(self._compiled.create_infer_request(), self._shape)
+        """Something that runs the network; not for two threads at once.
+
+        Raises:
+            InferenceError: this is a child that was forked after OpenVINO was loaded.
+        """
+        _check_process(InferenceError)
+        return OpenVinoRequest(self.native.create_infer_request(), self._shape)
 
 
 class OpenVinoRequest:
@@ -73,20 +114,22 @@ class OpenVinoRequest:
 
     def __init__(self, request: Any, shape: tuple[int, ...]) -> None:
         self.x = np.zeros(shape, dtype=np.float32)
-        self._request = request
-        self._request.set_input_tensor(ov.Tensor(self.x, shared_memory=True))
+        self.native = request
+        _native_objects.add(self)
+        self.native.set_input_tensor(ov.Tensor(self.x, shared_memory=True))
 
     def infer(self) -> Array:
         """The network's output, float32 like :attr:`x`; the request's own memory, until the next call.
 
         Raises:
-            InferenceError: OpenVINO failed.
+            InferenceError: OpenVINO failed, or this is a child that was forked after it was loaded.
         """
+        _check_process(InferenceError)
         try:
-            self._request.infer()
+            self.native.infer()
         except RuntimeError as error:
             raise InferenceError(f"cpu: OpenVINO failed: {error}") from error
-        output: Array = self._request.get_output_tensor().data
+        output: Array = self.native.get_output_tensor().data
         return output
 
 
@@ -97,6 +140,7 @@ def version() -> str:
 
 def computes_bf16() -> bool:
     """Whether the processor has bf16 arithmetic: elsewhere OpenVINO would emulate it."""
+    _check_process(BackendUnavailableError)
     return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
@@ -115,6 +159,7 @@ def quantise(config: DetectorConfig, weights: Mapping[str, Array], inputs: Seque
             import nncf
     except ModuleNotFoundError as error:
         raise BackendUnavailableError("cpu: int8 needs nncf: pip install 'advrad-fast[int8]'") from error
+    _check_process(BackendUnavailableError)
     model = _read(ov.Core(), config, weights, _size(config, batch))
     quantised = nncf.quantize(model, nncf.Dataset(list(inputs)), subset_size=len(inputs))
     with tempfile.TemporaryDirectory() as temporary:
@@ -151,6 +196,7 @@ def _compile(
     folder: Path | None = None,
 ) -> Any:
     """For one request at a time, from the cache or compiled and put there."""
+    _check_process(BackendUnavailableError)
     core = ov.Core()
     options: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",

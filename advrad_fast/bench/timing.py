@@ -56,11 +56,11 @@ def alternate(contestants: Mapping[str, Callable[[], object]], *, seconds: float
     return {name: Timing(*(float(v) for v in values)) for name, values in quantiles.items()}
 
 
-def torch_compiled(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any] | None:
-    """``torch.compile(function)``, called once with ``arguments``; or None, with a warning, where that fails."""
+def torch_compiled(function: Callable[..., Any], *arguments: Any, mode: str | None = None) -> Callable[..., Any] | None:
+    """``torch.compile(function, mode=mode)``, called once with ``arguments``; or None, with a warning, where that fails."""
     import torch
 
-    compiled: Callable[..., Any] = torch.compile(function)
+    compiled: Callable[..., Any] = torch.compile(function, mode=mode)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

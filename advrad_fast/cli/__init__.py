@@ -13,13 +13,14 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from advrad_fast import __version__
-from advrad_fast.cli import backends, bench, compilation, demo, evaluation, inspection, train
+from advrad_fast.cli import backends, bench, certification, compilation, demo, evaluation, inspection, stream, train
 from advrad_fast.cli.common import FAILED, FOUND, OK, say
 from advrad_fast.errors import AdvRADError
 
 __all__ = ["FAILED", "FOUND", "OK", "main"]
 
-COMMANDS = (train, inspection, evaluation, compilation, bench, backends, demo)  #: in the order of ``--help``
+#: In the order of ``--help``.
+COMMANDS = (train, inspection, stream, certification, evaluation, compilation, bench, backends, demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AdvRADError as error:
         say(f"advrad-fast: {error}")
     except ModuleNotFoundError as error:
-        extras = {"torch": "[train]", "tqdm": "[train]", "triton": "[compile]"}
+        extras = {"torch": "[train]", "tqdm": "[train]", "triton": "[compile]", "cv2": "[line]", "harvesters": "[genicam]"}
+        extras |= {"paho": "[mqtt]", "prometheus_client": "[prometheus]"}
         wanted = f"advrad-fast{extras.get((error.name or '').split('.')[0], '')}"
         say(f"advrad-fast: {error.name} is not installed; needed here: pip install '{wanted}'")
     except OSError as error:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -24,24 +25,52 @@ def say(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
-def model_options(parser: argparse.ArgumentParser) -> None:
+def model_options(parser: argparse.ArgumentParser, *, seed: int | None = 0, seed_help: str = "of the noise (default 0)") -> None:
     """The model file, and how to run it."""
     parser.add_argument("model", type=Path, help="the model file")
     parser.add_argument("--backend", default="auto", help="auto, cpu, cuda or reference")
-    parser.add_argument("--precision", help="of the cpu backend: auto, fp32, bf16, or int8 (see compile)")
+    parser.add_argument("--precision", help="auto, fp32, bf16, int8 (see compile); fp16 and fp8 on GPUs")
     parser.add_argument("--threads", type=int, help="CPU threads of the engine")
     parser.add_argument("--cache", type=Path, help="folder for compiled engines (default: the platform's cache folder)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    parser.add_argument("--seed", type=int, default=seed, help=seed_help)
 
 
 def load_detector(options: argparse.Namespace) -> Any:
     """The detector that :func:`model_options` describe."""
+    return detector_maker(options)()
+
+
+def detector_maker(options: argparse.Namespace) -> Callable[[], Any]:
+    """A function that makes the detector, here or, once it has been sent there, on another machine: it holds the whole model.
+
+    Raises:
+        ModelFileError: the model file is damaged, foreign or inconsistent.
+    """
     from advrad_fast.detector import Detector
+    from advrad_fast.model import ModelFile
 
     extra = {"precision": options.precision, "threads": options.threads, "cache_dir": options.cache}
-    return Detector.load(
-        options.model, backend=options.backend, seed=options.seed, **{k: v for k, v in extra.items() if v is not None}
-    )
+    given = {key: value for key, value in extra.items() if value is not None}
+    return partial(Detector, ModelFile.load(options.model), backend=options.backend, seed=options.seed, **given)
+
+
+def data_options(parser: argparse.ArgumentParser, text: str) -> None:
+    """The dataset: a folder, or one of the public datasets as its makers ship it.  ``text`` says what the folder may be."""
+    parser.add_argument("data", type=Path, nargs="?", help=text)
+    parser.add_argument("--dataset", choices=("mvtec", "visa", "btad", "folder"), help="its layout (default: by what is there)")
+    parser.add_argument("--root", type=Path, help="the same as DATA: the dataset's folder")
+    parser.add_argument("--category", help="with --dataset mvtec, visa or btad: which of its categories, such as pcb1")
+
+
+def load_data(options: argparse.Namespace) -> Any:
+    """The :class:`~advrad_fast.evaluation.datasets.Dataset` that :func:`data_options` describe."""
+    from advrad_fast.errors import DatasetError
+    from advrad_fast.evaluation.datasets import load_dataset
+
+    if (options.data is None) == (options.root is None):
+        got = "neither" if options.data is None else "both"
+        raise DatasetError(f"data: expected the dataset's folder once, as DATA or as --root, got {got}")
+    return load_dataset(options.root or options.data, options.dataset or "auto", options.category)
 
 
 @contextmanager
@@ -55,3 +84,33 @@ def output(target: str | None) -> Iterator[TextIO | None]:
     else:
         with Path(target).open("w", encoding="utf-8", newline="") as file:
             yield file
+
+
+class Progress:
+    """``12/83 images`` on standard error: one line that counts on a terminal, a line every ten per cent elsewhere.
+
+    Args:
+        total: steps there will be.
+        what: is counted, in the plural.
+    """
+
+    def __init__(self, total: int, what: str) -> None:
+        self._total, self._what, self._done, self._shown = total, what, 0, 0
+        self._live = sys.stderr.isatty()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live and self._done:
+            say("")
+
+    def step(self) -> None:
+        """One more is done."""
+        self._done += 1
+        if self._live:
+            sys.stderr.write(f"\r{self._done}/{self._total} {self._what}")
+            sys.stderr.flush()
+        elif self._done - self._shown >= max(self._total // 10, 20) or self._done == self._total:
+            self._shown = self._done
+            say(f"{self._done}/{self._total} {self._what}")

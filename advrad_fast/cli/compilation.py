@@ -36,14 +36,14 @@ def add(command: Adder) -> None:
     parser.add_argument(
         "--batches", type=int, nargs="+", metavar="N", help="images a call of an engine (default: the model's draws)"
     )
-    parser.add_argument("--out", "--cache", dest="out", type=Path, help="folder to write (default: the platform's cache folder)")
+    parser.add_argument("--out", "--cache", dest="out", type=Path, help="folder to write (default: where a detector looks)")
     parser.add_argument("--processes", type=int, default=1, help="that compile kernels at the same time (default 1)")
 
 
 def _compile(options: argparse.Namespace) -> int:
     if options.kernels:
-        if options.model or options.precision or options.calibration or options.batches or options.out is None:
-            raise ConfigError("--kernels: expected --out FOLDER and neither a model nor its options: kernels serve every model")
+        if options.model or options.precision or options.calibration or options.batches:
+            raise ConfigError("--kernels: expected neither a model nor its options: kernels serve every model")
         return _compile_kernels(options)
     if options.model is None:
         raise ConfigError("compile: expected a model file, or --kernels")
@@ -84,8 +84,11 @@ def _compile_kernels(options: argparse.Namespace) -> int:
 
     if not 1 <= options.processes <= 256:
         raise ConfigError(expected("--processes", "an integer in [1, 256]", options.processes))
-    manifest = aot.build(options.out, options.target or aot.TARGETS, processes=options.processes)
-    say(f"wrote {options.out}: {len(manifest.kernels)} kernels for {len({k.target for k in manifest.kernels})} targets")
+    from advrad_fast.backends.cuda_options import kernels_folder
+
+    folder = kernels_folder(options.out)
+    manifest = aot.build(folder, options.target or aot.TARGETS, processes=options.processes)
+    say(f"wrote {folder}: {len(manifest.kernels)} kernels for {len({k.target for k in manifest.kernels})} targets")
     return OK
 
 

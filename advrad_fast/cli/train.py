@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from advrad_fast.cli.common import OK, Adder, say
+from advrad_fast.cli.common import OK, Adder, data_options, load_data, say
 
 
 def add(command: Adder) -> None:
     """Add the command."""
     parser = command("train", _train, "Train a detector on a folder of good parts; go on where an interrupted run stopped.")
-    parser.add_argument("data", type=Path, help="a folder in MVTec AD layout, or any folder of good images")
+    data_options(parser, "a folder in MVTec AD layout, or any folder of good images")
     parser.add_argument("--out", type=Path, required=True, help="the model file to write")
     parser.add_argument("--preset", default="fast", help="fast (CPUs, line rates) or paper (the paper's scale, for GPUs)")
     parser.add_argument("--size", type=int, default=256, help="the input has about SIZE x SIZE pixels (default 256)")
@@ -29,6 +29,13 @@ def add(command: Adder) -> None:
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--seed", type=int, help="of the split, the weights, the batches and the noise")
     parser.add_argument("--full-precision", action="store_true", help="store the weights in fp32 instead of fp16")
+    parser.add_argument(
+        "--certify",
+        type=float,
+        nargs="*",
+        metavar="SIGMA",
+        help="noise levels to certify at (default 0.125 0.25; none: for none)",
+    )
     parser.add_argument("--note", help="a line to keep in the model file: a licence, an origin")
     parser.set_defaults(verbose=True)
 
@@ -46,7 +53,7 @@ def _train(options: argparse.Namespace) -> int:
         "flip_vertical": "v" in options.flip or None,
     }
     model = train(
-        options.data,
+        load_data(options),
         options.out,
         preset_name=options.preset,
         size=options.size,
@@ -60,6 +67,7 @@ def _train(options: argparse.Namespace) -> int:
         half=not options.full_precision,
         settings=changes,
         note=options.note,
+        certify=options.certify,
     )
     if model is not None:
         say(f"wrote {options.out}: threshold {model.threshold:.6g} for a false-alarm rate of {model.false_alarm_rate:.3g}")

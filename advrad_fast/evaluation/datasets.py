@@ -1,27 +1,42 @@
 """The folders a detector is trained and measured on.
 
-Two layouts are known; anything else is refused with what was found, since a defect that slips in among the good parts is
-learnt as good, silently.
+Layouts, as their makers ship them; anything else is refused with what was expected and found, since a defect that slips in
+among the good parts is learnt as good, silently.
 
-- MVTec AD (Bergmann et al., CVPR 2019)::
+- ``mvtec``: MVTec AD (Bergmann et al., CVPR 2019), a folder for each category::
 
-      root/train/good/*               good parts
-      root/test/good/*                good parts
-      root/test/<defect>/*            bad parts
-      root/ground_truth/<defect>/<stem>_mask.png
+      <category>/train/good/*               good parts
+      <category>/test/good/*                good parts
+      <category>/test/<defect>/*            bad parts
+      <category>/ground_truth/<defect>/<stem>_mask.png
 
-- a folder of good parts, for training only: the images directly inside ``root``, or inside ``root/good``.  Subfolders with
-  images beside them make the folder ambiguous, and it is refused.
+- ``btad``: BTAD (Mishra et al., arXiv 2104.10036), PNG and BMP mixed; categories 01, 02, 03::
+
+      <category>/train/ok/*                 good parts
+      <category>/test/ok/*, test/ko/*       good and bad parts
+      <category>/ground_truth/ko/<stem>.png or .bmp
+
+- ``visa``: VisA (Zou et al., ECCV 2022): ``split_csv/1cls.csv`` lists every image with its part in the one-class split (columns
+  object, split, label, image, mask), paths are relative to the root, and a mask's values above 0 are defect::
+
+      <category>/Data/Images/Normal/*, <category>/Data/Images/Anomaly/*
+      <category>/Data/Masks/Anomaly/<stem>.png
+
+- ``folder``: good parts, for training only: the images directly inside the folder, or inside its subfolder ``good``.
+  Subfolders with images beside them make the folder ambiguous, and it is refused.
 
 Images are the files whose suffix is in :data:`advrad_fast.images.IMAGE_SUFFIXES`; names that begin with a dot are skipped.
 """
 
 from __future__ import annotations
 
+import csv
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +44,14 @@ from numpy.typing import NDArray
 from advrad_fast.errors import DatasetError, expected
 from advrad_fast.images import IMAGE_SUFFIXES
 
+Layout = Literal["auto", "mvtec", "btad", "visa", "folder"]
+LAYOUTS: tuple[Layout, ...] = ("auto", "mvtec", "btad", "visa", "folder")
+
 _RESERVED = ("train", "test", "ground_truth")
 _MASK_FORMATS = ("PNG", "BMP", "TIFF")  # lossless: a JPEG's zeros are not zeros
+_VISA_CSV = "split_csv/1cls.csv"
+_VISA_COLUMNS = ["object", "split", "label", "image", "mask"]
+_MAX_CSV_BYTES = 16 * 2**20  # VisA's own has 0.7 MB
 
 
 @dataclass(frozen=True)
@@ -40,7 +61,7 @@ class Sample:
     Attributes:
         path: the image file.
         label: 0 (good) or 1 (bad).
-        defect: the folder's name: ``good``, or the kind of defect.
+        defect: ``good``, or the kind of defect: the folder's name (MVTec AD), ``ko`` (BTAD) or ``anomaly`` (VisA).
         mask: the file of the pixels that are defect; None for good parts, and for bad ones that have none.
     """
 
@@ -55,7 +76,7 @@ class Dataset:
     """The files of one data set, each list in order of name.
 
     Attributes:
-        name: the root folder's name.
+        name: the folder's name; ``btad/<category>`` or ``visa/<category>`` for these two.
         train: images of good parts.
         test: test images; empty for a plain folder of good parts.
     """
@@ -70,23 +91,37 @@ class Dataset:
         return sum(sample.label == 1 and sample.mask is None for sample in self.test)
 
 
-def load_dataset(root: str | os.PathLike[str]) -> Dataset:
+def load_dataset(root: str | os.PathLike[str], layout: Layout = "auto", category: str | None = None) -> Dataset:
     """List a data set; no image is opened.
 
+    Args:
+        root: the folder.
+        layout: one of this module's; ``auto``: ``mvtec`` where ``root`` holds train, test or ground_truth, else ``folder``.
+        category: with ``mvtec`` and ``btad`` the folder below ``root`` (None: ``root`` itself is the category's), with
+            ``visa`` the object, always needed.
+
     Raises:
-        DatasetError: ``root`` is not a folder, cannot be read, holds no images, or has neither layout of this module.
+        DatasetError: ``root`` is not a folder, cannot be read, holds no images, or does not have that layout; or ``layout`` or
+            ``category`` is not one there is.
     """
-    folder = Path(root)
+    if layout not in LAYOUTS:
+        raise DatasetError(expected("layout", f"one of {', '.join(LAYOUTS)}", layout))
+    if category is not None and layout in ("auto", "folder"):
+        raise DatasetError(expected("category", f"none with layout {layout}", category))
     try:
-        if not folder.is_dir():
-            raise DatasetError(expected(str(folder), "a folder", "no such folder" if not folder.exists() else "a file"))
-        if any((folder / name).is_dir() for name in _RESERVED):
+        folder = _folder(Path(root))
+        if layout == "visa":
+            return _visa(folder, category)
+        if layout in ("mvtec", "btad"):
+            folder = _category(folder, category)
+            return _mvtec(folder) if layout == "mvtec" else _btad(folder)
+        if layout == "auto" and any((folder / name).is_dir() for name in _RESERVED):
             return _mvtec(folder)
         return Dataset(folder.resolve().name, _plain(folder), [])
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         if isinstance(error, DatasetError):
             raise
-        raise DatasetError(f"{folder}: cannot be read: {error}") from error
+        raise DatasetError(f"{root}: cannot be read: {error}") from error
 
 
 def load_mask(path: str | os.PathLike[str], shape: tuple[int, int]) -> NDArray[np.bool_]:
@@ -120,27 +155,156 @@ def load_mask(path: str | os.PathLike[str], shape: tuple[int, int]) -> NDArray[n
     return np.asarray(defect.any(axis=2) if defect.ndim == 3 else defect)
 
 
+def _folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise DatasetError(expected(str(path), "a folder", "no such folder" if not path.exists() else "a file"))
+    return path
+
+
+def _category(root: Path, category: str | None) -> Path:
+    """The category's folder: below ``root``, or ``root`` itself."""
+    known = sorted(path.name for path in root.iterdir() if (path / "train").is_dir() and not path.name.startswith("."))
+    if category is None:
+        if known and not (root / "train").is_dir():
+            raise DatasetError(expected("category", f"one of those in {root}: {', '.join(known)}", None))
+        return root
+    if category not in known:  # an entry of the folder, so no path that leads elsewhere
+        raise DatasetError(expected("category", f"one of those in {root}: {', '.join(known) or 'none there'}", category))
+    return root / category
+
+
 def _mvtec(root: Path) -> Dataset:
-    found = sorted(f"{path.name}/" for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    def mask(defect: str, stem: str) -> Path | None:
+        path = root / "ground_truth" / defect / f"{stem}_mask.png"
+        return path if path.is_file() else None
+
     if not (root / "train" / "good").is_dir() or not (root / "test").is_dir():
-        raise DatasetError(expected(str(root), "train/good and test (MVTec AD), or a folder of good parts alone", found))
-    others = [name for name, count in _image_folders(root / "train").items() if name != "good" and count]
-    if others:
-        raise DatasetError(expected(f"{root / 'train'}", "images in good/ only", others))
-    train = _images(root / "train" / "good")
-    if not train:
-        raise DatasetError(expected(f"{root / 'train' / 'good'}", "images", "none"))
+        hint = "; train/ok and test/ok are BTAD's: layout btad" if (root / "train" / "ok").is_dir() else ""
+        raise DatasetError(
+            expected(str(root), "train/good and test (MVTec AD), or a folder of good parts alone", _subfolders(root)) + hint
+        )
+    train = _good_parts(root, "good")
     if _images(root / "test"):
         raise DatasetError(expected(f"{root / 'test'}", "images in good/ and <defect>/ only", "images directly inside"))
     test = []
     for defect in _image_folders(root / "test"):
         for path in _images(root / "test" / defect):
-            mask = root / "ground_truth" / defect / f"{path.stem}_mask.png"
             bad = defect != "good"
-            test.append(Sample(path, int(bad), defect, mask if bad and mask.is_file() else None))
+            test.append(Sample(path, int(bad), defect, mask(defect, path.stem) if bad else None))
     if not test:
         raise DatasetError(expected(f"{root / 'test'}", "images in good/ and <defect>/", "none"))
     return Dataset(root.resolve().name, train, test)
+
+
+def _btad(root: Path) -> Dataset:
+    for name in ("train/ok", "test/ok", "test/ko"):
+        if not (root / name).is_dir():
+            raise DatasetError(expected(str(root), f"train/ok, test/ok and test/ko (BTAD); no {name}", _subfolders(root)))
+    train = _good_parts(root, "ok")
+    others = [name for name, count in _image_folders(root / "test").items() if name not in ("ok", "ko") and count]
+    if others or _images(root / "test"):
+        raise DatasetError(expected(f"{root / 'test'}", "images in ok/ and ko/ only", others or "images directly inside"))
+    test = [Sample(path, 1, "ko", None) for path in _images(root / "test" / "ko")]
+    masks: dict[str, list[Path]] = {}
+    if (folder := root / "ground_truth" / "ko").is_dir():
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() in (".png", ".bmp") and not path.name.startswith("."):
+                masks.setdefault(path.stem, []).append(path)
+    for i, sample in enumerate(test):
+        found = masks.get(sample.path.stem, [])
+        twins = sum(other.path.stem == sample.path.stem for other in test)
+        if len(found) > 1 or (found and twins > 1):
+            names = [path.name for path in found]
+            raise DatasetError(expected(f"{sample.path}: mask in {folder}", "one .png or .bmp, for this image alone", names))
+        test[i] = Sample(sample.path, 1, "ko", found[0] if found else None)
+    test += [Sample(path, 0, "good", None) for path in _images(root / "test" / "ok")]
+    if not test:
+        raise DatasetError(expected(f"{root / 'test'}", "images in ok/ and ko/", "none"))
+    return Dataset(f"btad/{root.resolve().name}", train, test)
+
+
+def _visa(root: Path, category: str | None) -> Dataset:
+    rows = list(_visa_rows(root))
+    objects = sorted({row[0] for _, row in rows})
+    if category is None or category not in objects:
+        raise DatasetError(expected("category", f"one of those in {root / _VISA_CSV}: {', '.join(objects)}", category))
+    if category in (".", "..") or "/" in category or "\\" in category:
+        raise DatasetError(expected(str(root / _VISA_CSV), "objects named as their folders", category))
+    train: list[Path] = []
+    test: list[Sample] = []
+    seen: set[str] = set()
+    for where, (name, split, label, image, mask) in rows:
+        if name != category:
+            continue
+        bad = label == "anomaly"
+        if (split, label) not in (("train", "normal"), ("test", "normal"), ("test", "anomaly")):
+            raise DatasetError(expected(where, "train,normal or test,normal or test,anomaly", f"{split},{label}"))
+        if bad != bool(mask):
+            raise DatasetError(expected(f"{where}: mask", "a file" if bad else "none for a normal image", mask))
+        if image in seen:
+            raise DatasetError(expected(f"{where}: image", "every image once", image))
+        seen.add(image)
+        path = _visa_file(root, category, image, f"{where}: image")
+        if not _is_image(path):
+            raise DatasetError(expected(f"{where}: image", f"an image ({', '.join(sorted(IMAGE_SUFFIXES))})", image))
+        if split == "train":
+            train.append(path)
+        else:
+            file = _visa_file(root, category, mask, f"{where}: mask") if bad else None
+            test.append(Sample(path, int(bad), label if bad else "good", file))
+    if not train or not test:
+        raise DatasetError(
+            expected(f"{root / _VISA_CSV}: {category}", "train and test rows", f"{len(train)} of train, {len(test)} of test")
+        )
+    return Dataset(f"visa/{category}", sorted(train), sorted(test, key=lambda sample: sample.path))
+
+
+def _visa_rows(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """(where it stands, its five fields) of every row of the split."""
+    path = root / _VISA_CSV
+    if not path.is_file():
+        raise DatasetError(expected(str(root), f"{_VISA_CSV} (VisA)", _subfolders(root)))
+    if (size := path.stat().st_size) > _MAX_CSV_BYTES:
+        raise DatasetError(expected(str(path), f"at most {_MAX_CSV_BYTES} bytes", size))
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, [])
+            if header != _VISA_COLUMNS:
+                raise DatasetError(expected(f"{path}: columns", ",".join(_VISA_COLUMNS), ",".join(header)))
+            for row in reader:
+                where = f"{path}: line {reader.line_num}"
+                if len(row) != len(_VISA_COLUMNS):
+                    raise DatasetError(expected(where, f"{len(_VISA_COLUMNS)} fields", len(row)))
+                yield where, row
+        except csv.Error as error:
+            raise DatasetError(f"{path}: line {reader.line_num}: not CSV: {error}") from error
+
+
+def _visa_file(root: Path, category: str, name: str, where: str) -> Path:
+    """A file that the split names: below the category's folder, whatever the text says, and there."""
+    parts = PurePosixPath(name).parts
+    if ".." in parts or parts[:1] != (category,) or "\\" in name or ":" in name or "\0" in name:
+        raise DatasetError(expected(where, f"a path below {category}/, without ..", name))
+    path = root.joinpath(*parts)
+    if not path.is_file():
+        raise DatasetError(expected(where, f"a file in {root}", f"{name}, which is not there"))
+    return path
+
+
+def _good_parts(root: Path, good: str) -> list[Path]:
+    """The images of train/<good>, which must be all there are in train."""
+    others = [name for name, count in _image_folders(root / "train").items() if name != good and count]
+    if others or _images(root / "train"):
+        raise DatasetError(expected(f"{root / 'train'}", f"images in {good}/ only", others or "images directly inside"))
+    train = _images(root / "train" / good)
+    if not train:
+        raise DatasetError(expected(f"{root / 'train' / good}", "images", "none"))
+    return train
+
+
+def _subfolders(root: Path) -> list[str]:
+    return sorted(f"{path.name}/" for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _plain(root: Path) -> list[Path]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advrad_fast.detector import Detector, Inspection
-from advrad_fast.errors import DatasetError
+from advrad_fast.errors import ConfigError, DatasetError, expected
 from advrad_fast.evaluation import metrics
 from advrad_fast.evaluation.datasets import Dataset, Sample, load_mask
+from advrad_fast.evaluation.spread import map_tasks
 from advrad_fast.images import load_image
 
 #: Maps are pooled to at most this side for the pixel metrics, so that camera-size frames fit in memory.
@@ -54,42 +55,57 @@ def evaluate(
     seed: int = 0,
     pixels: bool = True,
     on_sample: Callable[[Sample, Inspection], None] | None = None,
+    ray: str | None = None,
+    setup: Callable[[], Detector] | None = None,
 ) -> Evaluation:
     """Inspect every test image and compute image AUROC, F1max and, where there are masks, pixel AUROC and AUPRO.
 
     Args:
         seed: of the noise.
         pixels: whether to compute the pixel figures.
-        on_sample: called after each image.
+        on_sample: called after each image, with its inspection but for the maps; in the dataset's order, unless with ``ray``.
+        ray: the address of a Ray cluster to spread the images over (:mod:`advrad_fast.evaluation.spread`).
+        setup: makes the same detector in a worker; needed with ``ray``.
 
     Raises:
         DatasetError: the test set has no good or no defective images.
+        SpreadError: the cluster can't be used.
     """
     labels = np.array([s.label for s in dataset.test], dtype=np.int64)
     if not (labels == 0).any() or not (labels == 1).any():
         raise DatasetError(
             f"{dataset.name}: the test set needs good and defective images, got {len(labels) - labels.sum()} and {labels.sum()}"
         )
-    scores, maps, masks, milliseconds = [], [], [], []
-    for sample in dataset.test:
-        frame = load_image(sample.path)
-        result = detector.inspect(frame, maps=pixels, seed=seed)
-        scores.append(np.inf if result.score is None else result.score)
-        milliseconds.append(result.timings["total"])
-        if pixels and (sample.label == 0 or sample.mask is not None):
+    if ray is not None and setup is None:
+        raise ConfigError(expected("setup", "a function that makes the detector in a worker, as ray is given", setup))
+    masks: list[NDArray[np.bool_] | None] = []
+
+    def tasks() -> Iterator[_Task]:
+        for sample in dataset.test:
+            frame = load_image(sample.path)
             shape = (frame.shape[0], frame.shape[1])
-            step = -(-max(shape) // _MAX_MAP_SIDE)
-            mask = np.zeros(shape, dtype=bool) if sample.mask is None else load_mask(sample.mask, shape)
-            # A part that was not found has nothing marked on it.
-            found = np.zeros(shape, dtype=np.float32) if result.anomaly_map is None else result.anomaly_map
-            maps.append(found[::step, ::step])
-            masks.append(mask[::step, ::step])
+            mask = None
+            if pixels and (sample.label == 0 or sample.mask is not None):
+                mask = _thin(np.zeros(shape, dtype=bool) if sample.mask is None else load_mask(sample.mask, shape))
+            masks.append(mask)
+            yield _Task(frame, seed, maps=pixels, keep=mask is not None)
+
+    found: dict[int, tuple[Inspection, NDArray[np.float32] | None]] = {}
+    make = (lambda: detector) if ray is None or setup is None else setup
+    for index, measured in map_tasks(_measure, tasks(), setup=make, ray=ray):
+        found[index] = measured
         if on_sample is not None:
-            on_sample(sample, result)
+            on_sample(dataset.test[index], measured[0])
+    inspections = [found[index][0] for index in range(len(found))]
+    scores = [np.inf if result.score is None else result.score for result in inspections]
+    milliseconds = [result.timings["total"] for result in inspections]
+    pairs = [(mask, found[index][1]) for index, mask in enumerate(masks)]
+    kept_masks = [mask for mask, values in pairs if mask is not None and values is not None]
+    maps = [values for mask, values in pairs if mask is not None and values is not None]
     values = np.array(scores, dtype=np.float64)
     low, high = metrics.auroc_interval(labels, _finite(values))
     f1, _ = metrics.f1_max(labels, _finite(values))
-    has_masks = pixels and any(m.any() for m in masks)
+    has_masks = any(mask.any() for mask in kept_masks)
     figures: dict[str, Any] = {
         "data": dataset.name,
         "n_good": int((labels == 0).sum()),
@@ -97,8 +113,8 @@ def evaluate(
         "image_auroc": metrics.auroc(labels, _finite(values)),
         "image_auroc_interval": [low, high],
         "f1_max": f1,
-        "pixel_auroc": metrics.pixel_auroc(masks, maps) if has_masks else None,
-        "aupro": metrics.aupro(masks, maps) if has_masks else None,
+        "pixel_auroc": metrics.pixel_auroc(kept_masks, maps) if has_masks else None,
+        "aupro": metrics.aupro(kept_masks, maps) if has_masks else None,
         "robust_auroc": {},
         "certified_auroc": {},
         "threshold": detector.threshold,
@@ -110,6 +126,33 @@ def evaluate(
         "p50_ms": float(np.median(milliseconds)),
     }
     return Evaluation(figures, list(dataset.test), values)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One image to inspect: whether with its map, and whether the map is wanted back."""
+
+    frame: NDArray[np.uint8]
+    seed: int
+    maps: bool
+    keep: bool
+
+
+def _measure(detector: Detector, task: _Task) -> tuple[Inspection, NDArray[np.float32] | None]:
+    """The inspection without its maps, which are large, and with timings that travel; and the map, thinned out."""
+    result = detector.inspect(task.frame, maps=task.maps, seed=task.seed)
+    values = None
+    if task.keep:
+        # A part that was not found has nothing marked on it.
+        nothing = np.zeros(task.frame.shape[:2], dtype=np.float32)
+        values = _thin(nothing if result.anomaly_map is None else result.anomaly_map)
+    return replace(result, anomaly_map=None, mask=None, timings=dict(result.timings)), values
+
+
+def _thin(array: NDArray[Any]) -> NDArray[Any]:
+    """Every second, third ... row and column: as few as keep both sides within the limit."""
+    step = -(-max(array.shape) // _MAX_MAP_SIDE)
+    return array if step == 1 else array[::step, ::step].copy()
 
 
 def _finite(scores: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -98,3 +98,35 @@ def fold(net: UNet, x: Tensor, timesteps: Tensor) -> UNet:
     state = {name: tensor for name, tensor in net.state_dict().items() if not name.endswith(".gain")}
     plain.load_state_dict(state | folded)
     return plain.eval()
+
+
+@torch.no_grad()
+def unfold(net: UNet, x: Tensor, timesteps: Tensor) -> UNet:
+    """The inverse of :func:`fold`: a :func:`training_network` that does to this batch what the folded ``net`` does.
+
+    It normalises, so at another timestep it is what the network before folding was, if ``x`` is what was folded.
+
+    Args:
+        net: a plain UNet with ``norm_groups`` 0.
+        x, timesteps: as for :func:`fold`.
+    """
+    trained = training_network(net.config)
+    state, hooks = dict(net.state_dict()), []
+    for name, module in net.named_modules():
+        if not isinstance(module, ResBlock):
+            continue
+        for conv in ("conv1", "conv2"):
+            layer = getattr(module, conv)
+
+            def measure(layer: nn.Conv2d, inputs: tuple[Tensor], output: Tensor, name: str = f"{name}.{conv}") -> None:
+                variance, mean = torch.var_mean(output.float(), dim=(0, 2, 3), correction=0)
+                state[f"{name}.gain"], state[f"{name}.bias"] = (variance + _EPSILON).sqrt(), mean
+
+            hooks.append(layer.register_forward_hook(measure))
+    try:
+        net(x, timesteps)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    trained.load_state_dict(state)
+    return trained

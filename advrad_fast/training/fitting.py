@@ -37,7 +37,7 @@ FOLDED = 48  # training normals whose batch statistics are folded into the netwo
 SPREAD_FLOOR = 0.5  # share of the spread's mean
 
 #: The noise of fitting: an image id for every image, away from inspection's id 0.
-_FIT_SEED = 0x5EED
+FIT_SEED = 0x5EED
 
 
 class NormalMaps(NamedTuple):
@@ -49,16 +49,20 @@ class NormalMaps(NamedTuple):
 
 def network_at(net: UNet, images: NDArray[np.uint8], config: DetectorConfig) -> UNet:
     """The network of a detector at the configured k, from the trained one and normals (N, H, W, C)."""
+    return fold(net, *folding_batch(images, config))
+
+
+def folding_batch(images: NDArray[np.uint8], config: DetectorConfig) -> tuple[Tensor, Tensor]:
+    """Noised normals at the configured k, as the network sees them, for its batch statistics, and their timesteps."""
     images = images[:: max(1, len(images) // FOLDED)][:FOLDED]
     x = torch.from_numpy(images)
     shape = (x.shape[3], x.shape[1], x.shape[2])
-    eps = torch.cat([diffusion.draw_noise(shape, seed=_FIT_SEED, draws=1, image_ids=[300_000 + i]) for i in range(len(x))])
-    x_in = diffusion.noise(x, eps, diffusion.coefficients_at(config))
-    return fold(net, x_in, torch.full((len(x),), config.diffusion.timestep))
+    eps = torch.cat([diffusion.draw_noise(shape, seed=FIT_SEED, draws=1, image_ids=[300_000 + i]) for i in range(len(x))])
+    return diffusion.noise(x, eps, diffusion.coefficients_at(config)), torch.full((len(x),), config.diffusion.timestep)
 
 
 @torch.inference_mode()
-def scale_errors(net: UNet, images: NDArray[np.uint8], config: DetectorConfig, *, first_id: int, seed: int = _FIT_SEED) -> Tensor:
+def scale_errors(net: UNet, images: NDArray[np.uint8], config: DetectorConfig, *, first_id: int, seed: int = FIT_SEED) -> Tensor:
     """Err_l of every image at the configured k, averaged over the configured draws: float32 (N, 4, H, W).
 
     ``first_id`` numbers the images, so that each has noise of its own.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from advrad_fast import calibrate
+from advrad_fast import calibrate, schedule
 from advrad_fast.config import DetectorConfig, DiffusionConfig, ImageConfig, UNetConfig
 from advrad_fast.errors import TrainingError
-from advrad_fast.evaluation.datasets import load_dataset
+from advrad_fast.evaluation.datasets import Dataset, load_dataset
 from advrad_fast.model import ModelFile, Scalar, round_to_half
 from advrad_fast.reference.unet import UNet
+from advrad_fast.training import certify as certification
 from advrad_fast.training import fitting
 from advrad_fast.training.batchnorm import training_network
 from advrad_fast.training.dataset import Align, Split, image_config, load_samples, load_split
@@ -36,7 +37,7 @@ _FINE_STEM_PIXELS = 40_000
 
 
 def train(
-    data: str | Path,
+    data: str | Path | Dataset,
     out: str | Path,
     *,
     preset_name: str = "fast",
@@ -53,13 +54,14 @@ def train(
     progress: bool = True,
     settings: dict[str, object] | None = None,
     note: str | None = None,
+    certify: Sequence[float] | None = None,
 ) -> ModelFile | None:
     """Train a detector on a folder of good parts and write its model file.
 
     An interrupted run goes on where its checkpoint (``<out>.checkpoint``, removed at the end) stands when called again.
 
     Args:
-        data: a folder in MVTec AD layout, or any folder of good images.
+        data: a folder in MVTec AD layout, any folder of good images, or what ``load_dataset`` made of any layout.
         out: the model file to write.
         preset_name: ``fast`` or ``paper``.
         size, align, brightness: :func:`advrad_fast.training.dataset.image_config`.
@@ -70,6 +72,8 @@ def train(
         half: store the weights in fp16, for a file half as large.
         settings: changes to the preset's :class:`TrainSettings`.
         note: stored in the model file (a licence, an origin).
+        certify: sigmas to certify at (:mod:`advrad_fast.training.certify`); None for those of
+            :data:`advrad_fast.training.certify.SIGMAS` whose timesteps are trained on.
 
     Returns:
         the model, or None in the processes of a ``torchrun`` other than the first.
@@ -85,7 +89,7 @@ def train(
         raise TrainingError(f"{out}: its folder does not exist")
     calibrate.normals_needed(false_alarm_rate)
     rank, world_size = distributed()
-    paths = load_dataset(Path(data)).train
+    paths = (data if isinstance(data, Dataset) else load_dataset(data)).train
     samples = load_samples(paths)
     net = _network(chosen, samples, {"prediction": prediction, "patch": patch, **(unet or {})}, grey=grey)
     image = image_config(samples, net, size=size, align=align, brightness=brightness)
@@ -98,6 +102,7 @@ def train(
         net = dataclasses.replace(net, patch=2)
     diffusion = DiffusionConfig(draws=draws if draws is not None else 1, timestep=min(100, train_settings.timestep_high))
     config = DetectorConfig(net, diffusion, chosen.score, image)
+    sigmas = _sigmas(diffusion, train_settings) if certify is None else certification.check_sigmas(certify, diffusion)
     split = load_split(paths, image, train_settings.seed)
     _log.info(
         "%d good images: %d to train on, %d to choose settings on, %d to calibrate on; input %d x %d x %d, patch %d%s",
@@ -120,6 +125,7 @@ def train(
         half=half,
         seed=train_settings.seed,
         timesteps=_timesteps(train_settings),
+        certify=sigmas,
         provenance={
             "preset": preset_name,
             "settings": str(train_settings.to_json()),
@@ -147,6 +153,7 @@ def fit(
     seed: int,
     timesteps: list[int],
     provenance: Mapping[str, Scalar],
+    certify: Sequence[float] = (),
     chosen: Callable[[DetectorConfig], DetectorConfig] | None = None,
 ) -> ModelFile:
     """Choose the settings, compute the normal maps and calibrate: from trained weights to a model.
@@ -155,6 +162,7 @@ def fit(
         weights: of a :func:`training_network`.
         half: round the network's weights to fp16.
         timesteps: candidates for k.
+        certify: sigmas to certify at.
         chosen: instead of the selection: a function from the configuration to the one to use.
     """
     trained = training_network(config.unet)
@@ -191,7 +199,7 @@ def fit(
         _log.warning(
             "%d calibration images hold a false-alarm rate of %.3g at best, not %.3g", len(scores), rate, false_alarm_rate
         )
-    return ModelFile(
+    model = ModelFile(
         config=config,
         weights=_arrays(net),
         mu=maps.mu.numpy(),
@@ -201,6 +209,7 @@ def fit(
         threshold=calibrate.conformal_threshold(scores, rate),
         provenance=dict(provenance),
     )
+    return certification.add(model, split, certify, seed=seed)
 
 
 def _arrays(net: UNet) -> dict[str, NDArray[np.float32]]:
@@ -211,6 +220,13 @@ def _timesteps(settings: TrainSettings) -> list[int]:
     """The candidates for k that were trained on."""
     low, high = settings.timestep_low, settings.timestep_high
     return [k for k in fitting.TIMESTEPS if low <= k <= high] or [(low + high) // 2]
+
+
+def _sigmas(config: DiffusionConfig, settings: TrainSettings) -> tuple[float, ...]:
+    """The default sigmas whose timesteps were trained on."""
+    trained = range(settings.timestep_low, settings.timestep_high + 1)
+    reached = [sigma for sigma in certification.SIGMAS if 2.0 * sigma <= schedule.sigma(config)[-1]]
+    return tuple(sigma for sigma in reached if schedule.timestep_for_sigma(config, sigma) in trained)
 
 
 def _network(chosen: Preset, samples: list[np.ndarray], changes: Mapping[str, object], *, grey: bool | None) -> UNetConfig:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fuzzing import edit_bytes, edit_json, edit_text, fuzz
-from models import assert_equal, tiny_model
+from models import assert_equal, certifiable, tiny_model, without_norm
 
 from advrad_fast.errors import ModelFileError
 from advrad_fast.graph import expected_tensors
@@ -24,8 +24,9 @@ _FLOATS = [struct.pack("<f", float("nan")), struct.pack("<d", float("inf")), b"\
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     path, files = tmp_path_factory.mktemp("bases") / "base", []
-    for spread, half in ((True, False), (False, True)):
-        tiny_model(spread, half).save(path, half=half)
+    models = (tiny_model(), tiny_model(False, True), certifiable(without_norm(tiny_model()), 0.125, 0.25))
+    for model, half in zip(models, (False, True, False), strict=True):
+        model.save(path, half=half)
         files.append(path.read_bytes())
     return files
 

@@ -293,6 +293,38 @@ def test_where_a_capture_may_begin_and_end(driver: FakeDriver, cuda: Any) -> Non
     assert end(second) == (Code.INVALID_VALUE, 0)
 
 
+def test_a_kernel_node_gets_other_parameters(driver: FakeDriver, cuda: Any, kernel: Affine) -> None:
+    """For later launches; one that is enqueued, and the captured graph, keep theirs."""
+    stream = cuda.Stream()
+    cuda.memset_d32_async(kernel.x, 0, N, stream)
+    begin(stream)
+    kernel.launch(stream, kernel.x, kernel.out, 1.0, 1.0)
+    words = [ctypes.c_uint64(9) for _ in range(5)]
+    assert call("cuStreamGetCaptureInfo_v2", stream.handle, *map(ctypes.addressof, words)) == Code.SUCCESS
+    assert words[0].value & 0xFFFFFFFF == ACTIVE and words[4].value == 1
+    node = ctypes.c_uint64.from_address(words[3].value).value
+    code, graph = end(stream)
+    assert code == Code.SUCCESS
+    executable = word("cuGraphInstantiateWithFlags", graph, 0)
+    settings = ctypes.create_string_buffer(56)
+    place = ctypes.addressof(settings)
+    assert call("cuGraphKernelNodeGetParams", node, place) == Code.SUCCESS
+    values = [ctypes.c_uint64(int(kernel.x)), ctypes.c_uint64(int(kernel.out)), ctypes.c_uint32(N), ctypes.c_float(1.0)]
+    values += [ctypes.c_float(7.0), ctypes.c_uint64(0)]
+    addresses = (ctypes.c_uint64 * len(values))(*map(ctypes.addressof, values))
+    struct.pack_into("@QQ", settings, 40, ctypes.addressof(addresses), 0)
+    for wanted in (1.0, 7.0):
+        assert call("cuGraphLaunch", executable, stream.handle) == Code.SUCCESS
+        if wanted == 1.0:
+            assert call("cuGraphExecKernelNodeSetParams", executable, node, place) == Code.SUCCESS
+        cuda.memcpy_dtoh_async(kernel.host, kernel.out, stream)
+        stream.synchronize()
+        assert (kernel.host == wanted).all()
+    assert call("cuGraphExecKernelNodeSetParams", executable, executable, place) == Code.INVALID_HANDLE
+    assert call("cuGraphDestroy", graph) == call("cuGraphExecDestroy", executable) == Code.SUCCESS
+    assert call("cuGraphKernelNodeGetParams", node, place) == Code.INVALID_HANDLE
+
+
 def test_a_failure_in_a_graph_is_reported_late(
     driver: FakeDriver, cuda: Any, kernel: Affine, capfd: pytest.CaptureFixture[str]
 ) -> None:

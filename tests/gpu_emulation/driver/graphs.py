@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gpu_emulation.driver.codes import Code, Refused
@@ -17,13 +18,15 @@ if TYPE_CHECKING:
 GLOBAL, THREAD_LOCAL, RELAXED = 0, 1, 2  # CU_STREAM_CAPTURE_MODE_*
 NONE, ACTIVE, INVALIDATED = 0, 1, 2  # CU_STREAM_CAPTURE_STATUS_*
 UPDATED, TOPOLOGY_CHANGED, NODE_TYPE_CHANGED = 0, 2, 3  # CU_GRAPH_EXEC_UPDATE_*
+_KERNEL_NODE = struct.Struct("@Q3I3II4xQQ")  # CUDA_KERNEL_NODE_PARAMS_v1: function, grid, block, shared, kernelParams, extra
 
 
 class Node:
     """One piece of captured work and what it comes after."""
 
-    def __init__(self, work: Work, after: set[Node]) -> None:
+    def __init__(self, driver: FakeDriver, work: Work, after: set[Node]) -> None:
         self.work, self.after = work, after
+        self.handle = driver.new_handle(self)
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Capture:
     nodes: list[Node]
     streams: list[Stream]
     valid: bool = True
+    told: list[object] = field(default_factory=list)  # memory that the program was pointed to
 
 
 class Graph:
@@ -52,7 +56,11 @@ class Graph:
 
 
 class GraphExec(Graph):
-    """An instantiated graph."""
+    """An instantiated graph; ``works``: what was put in place of its nodes' work."""
+
+    def __init__(self, driver: FakeDriver, nodes: list[Node], context: Context) -> None:
+        super().__init__(driver, nodes, context)
+        self.works: dict[Node, Work] = {}
 
     def __str__(self) -> str:
         return f"instantiated graph of {len(self.nodes)} nodes"
@@ -82,7 +90,7 @@ class Graphs:
                 raise Refused(Code.STREAM_CAPTURE_IMPLICIT, "the default stream would wait for a stream that is being captured")
             return False
         self._still_valid(stream.capture)
-        node = Node(work, set(stream.tail))
+        node = Node(self.driver, work, set(stream.tail))
         stream.capture.nodes.append(node)
         stream.tail = {node}
         return True
@@ -194,6 +202,18 @@ class Graphs:
         state = NONE if capture is None else ACTIVE if capture.valid else INVALIDATED
         ctypes.c_int32.from_address(status).value = state
 
+    def cuStreamGetCaptureInfo_v2(self, handle: int, status: int, number: int, graph: int, nodes: int, count: int) -> None:
+        """Of the optional answers all but the graph, which is given as 0."""
+        stream = self.driver.streams.find(handle)
+        self.cuStreamIsCapturing(handle, status)
+        tail = [node.handle for node in stream.tail]
+        words = (ctypes.c_uint64 * max(1, len(tail)))(*tail)
+        if stream.capture is not None:
+            stream.capture.told.append(words)
+        for place, value in ((number, 1), (graph, 0), (nodes, ctypes.addressof(words)), (count, len(tail))):
+            if place:
+                ctypes.c_uint64.from_address(place).value = value
+
     def cuThreadExchangeStreamCaptureMode(self, mode: int) -> None:
         place = ctypes.c_int32.from_address(mode)
         if place.value not in (GLOBAL, THREAD_LOCAL, RELAXED):
@@ -230,6 +250,35 @@ class Graphs:
         if outcome != UPDATED:
             raise Refused(Code.GRAPH_EXEC_UPDATE_FAILURE, f"{old} against {new}")
         old.nodes = list(new.nodes)
+        old.works = {}
+
+    def _kernel(self, handle: int) -> tuple[Node, int]:
+        """A living kernel node, and its function."""
+        node: Node = self.driver.get(handle, Node)
+        if node.work.kernel is None:
+            raise Refused(Code.INVALID_VALUE, f"the node is no kernel: {node.work.words}")
+        return node, node.work.kernel[0]
+
+    def cuGraphKernelNodeGetParams(self, handle: int, place: int) -> None:
+        """Without the parameters' own place."""
+        node, function = self._kernel(handle)
+        assert node.work.kernel is not None
+        launch = node.work.kernel[1]
+        ctypes.memmove(place, _KERNEL_NODE.pack(function, *launch.grid, *launch.block, launch.shared, 0, 0), _KERNEL_NODE.size)
+
+    def cuGraphExecKernelNodeSetParams(self, handle: int, node_handle: int, place: int) -> None:
+        """For later launches of the instantiated graph; those before keep what they were launched with."""
+        executable: GraphExec = self.driver.get(handle, GraphExec)
+        node, function = self._kernel(node_handle)
+        if node not in executable.nodes:
+            raise Refused(Code.INVALID_VALUE, f"a node of another graph than {executable}")
+        new, *sizes, values, extra = _KERNEL_NODE.unpack(ctypes.string_at(place, _KERNEL_NODE.size))
+        if new != function:
+            self.driver.lacks("cuGraphExecKernelNodeSetParams with another function")
+            raise Refused(Code.NOT_SUPPORTED, "another function")
+        grid, block, shared = tuple(sizes[:3]), tuple(sizes[3:6]), sizes[6]
+        stream = executable.context.legacy
+        executable.works[node] = self.driver.modules.kernel(function, stream, grid, block, shared, values, extra)
 
     def cuGraphUpload(self, handle: int, stream: int) -> None:
         self.driver.get(handle, GraphExec)
@@ -240,18 +289,18 @@ class Graphs:
         stream = self.driver.streams.find(stream_handle)
         if stream.context is not graph.context:
             raise Refused(Code.INVALID_VALUE, f"{graph} belongs to another context")
-        nodes = _latest_first(graph.nodes)
+        works = [graph.works.get(node, node.work) for node in _latest_first(graph.nodes)]
         self.driver.counters.graph_launches += 1
-        self.driver.counters.launches += sum(node.work.kind == "kernel" for node in nodes)
+        self.driver.counters.launches += sum(work.kind == "kernel" for work in works)
 
         def prepare() -> None:
-            for node in nodes:
-                if node.work.prepare is not None:
-                    node.work.prepare()
+            for work in works:
+                if work.prepare is not None:
+                    work.prepare()
 
         def run() -> None:
-            for node in nodes:
-                self.driver.streams.execute(stream.context, node.work)
+            for work in works:
+                self.driver.streams.execute(stream.context, work)
 
         self.driver.streams.submit(stream, Work("graph", str(graph), run, prepare))
 
@@ -259,7 +308,9 @@ class Graphs:
         self.driver.drop(handle, GraphExec)
 
     def cuGraphDestroy(self, handle: int) -> None:
-        self.driver.drop(handle, Graph)
+        graph = self.driver.drop(handle, Graph)
+        for node in graph.nodes if graph is not None else ():
+            self.driver.drop(node.handle, Node)
 
 
 def _all_before(nodes: set[Node]) -> set[Node]:

@@ -221,17 +221,25 @@ class Modules:
         self, handle: int, gx: int, gy: int, gz: int, bx: int, by: int, bz: int, shared: int, stream: int, values: int, extra: int
     ) -> None:
         target = self.driver.streams.find(stream)
-        function: Function = self.driver.get(handle, Function)
-        grid, block = (gx, gy, gz), (bx, by, bz)
-        self._check(function, target, grid, block, shared)
-        parameters = _parameters(function.entry, values, extra)
-        memory = self.driver.contexts.memory()
-        launch = Launch(function.module.image, function.entry.name, grid, block, shared, parameters, str(target), memory)
-        words = f"{launch.entry} over {grid} blocks of {block} threads"
-        self.driver.streams.submit(target, Work("kernel", words, lambda: self.driver.execute(launch)))
-        self.driver.launches.append(launch)
+        work = self.kernel(handle, target, (gx, gy, gz), (bx, by, bz), shared, values, extra)
+        self.driver.streams.submit(target, work)
+        assert work.kernel is not None
+        self.driver.launches.append(work.kernel[1])
         if target.capture is None:
             self.driver.counters.launches += 1
+
+    def kernel(
+        self, handle: int, stream: Stream, grid: tuple[int, int, int], block: tuple[int, int, int], shared: int, values: int,
+        extra: int,
+    ) -> Work:  # fmt: skip
+        """A launch as a piece of work, after a check."""
+        function: Function = self.driver.get(handle, Function)
+        self._check(function, stream, grid, block, shared)
+        parameters = _parameters(function.entry, values, extra)
+        memory = self.driver.contexts.memory()
+        launch = Launch(function.module.image, function.entry.name, grid, block, shared, parameters, str(stream), memory)
+        words = f"{launch.entry} over {grid} blocks of {block} threads"
+        return Work("kernel", words, lambda: self.driver.execute(launch), kernel=(handle, launch))
 
     @staticmethod
     def _check(function: Function, stream: Stream, grid: tuple[int, ...], block: tuple[int, ...], shared: int) -> None:

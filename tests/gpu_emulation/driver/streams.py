@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gpu_emulation.driver.contexts import Context
     from gpu_emulation.driver.fake import FakeDriver
     from gpu_emulation.driver.graphs import Capture, Node
+    from gpu_emulation.driver.modules import Launch
 
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
@@ -39,6 +40,7 @@ class Work:
         prepare: called when it is enqueued, for a graph's at every launch.
         waits: (stream, sequence number) of work that must be done before.
         sequence: its number, over all streams.
+        kernel: of a kernel, the function's handle and the launch.
     """
 
     kind: str
@@ -47,6 +49,7 @@ class Work:
     prepare: Callable[[], None] | None = None
     waits: tuple[tuple[Stream, int], ...] = ()
     sequence: int = 0
+    kernel: tuple[int, Launch] | None = None
 
 
 class Stream:

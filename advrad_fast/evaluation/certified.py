@@ -1,0 +1,194 @@
+"""Certified AUROC of a detector on a labelled test set: one set of draws an image gives every radius."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advrad_fast import certify
+from advrad_fast.detector import Detector
+from advrad_fast.errors import ConfigError, DatasetError, InferenceError, PartNotFoundError, expected
+from advrad_fast.evaluation.datasets import Dataset, Sample
+from advrad_fast.images import load_image
+
+RADII = (0.05, 0.1, 0.2, 0.5)
+_CURVE = 61  # radii of the curve
+
+
+@dataclass(frozen=True)
+class CertifiedScores:
+    """Scores A(x + delta) of every test image.
+
+    Attributes:
+        labels: int64 (images,), 0 (good) or 1 (bad).
+        scores: float32 (images, draws).  An image whose part was not found is certified at no threshold: good ones have the
+            largest finite number, bad ones its negative.
+        sigma, pixels: of the noise, and how many values an image has.
+    """
+
+    labels: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    sigma: float
+    pixels: int
+
+    def auroc(self, radii: Sequence[float], alpha: float) -> NDArray[np.float64]:
+        """The certified AUROC at each radius: float64 (r,); each image's statement has level ``alpha``."""
+        return certify.certified_auroc(self.labels, self.scores, radii, sigma=self.sigma, pixels=self.pixels, alpha=alpha)
+
+    def curve(self, alpha: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Radii from 0 to the largest that this many draws certify, and the certified AUROC at each."""
+        p = float(certify.lower_bound(self.scores.shape[1], self.scores.shape[1], alpha))
+        radii = np.linspace(0.0, float(certify.radius(p, self.sigma, pixels=self.pixels)), _CURVE)
+        return radii, self.auroc(radii.tolist(), alpha)
+
+
+def draw_scores(
+    detector: Detector,
+    dataset: Dataset,
+    *,
+    draws: int = 1000,
+    sigma: float | None = None,
+    seed: int = 0,
+    file: Path | None = None,
+    on_image: Callable[[], None] | None = None,
+) -> CertifiedScores:
+    """Draw the scores of every test image, each with a seed of its own that ``seed`` and the image's name give.
+
+    Args:
+        draws: of every image.
+        sigma: one of the model's; None for the smallest.
+        on_image: called after each image.
+        file: JSON lines of what has been drawn, written as it is drawn; what it already holds is not drawn again.
+
+    Raises:
+        DatasetError: the test set has no good or no bad images.
+        ConfigError: ``file`` holds draws of another model, sigma, backend, seed or number; or as :meth:`Detector.certify`.
+    """
+    labels = np.array([sample.label for sample in dataset.test], dtype=np.int64)
+    if not (labels == 0).any() or not (labels == 1).any():
+        raise DatasetError(
+            f"{dataset.name}: the test set needs good and defective images, got {len(labels) - labels.sum()} and {labels.sum()}"
+        )
+    model, size = detector.model, detector.model.config.image
+    if sigma is None and model.sigmas:
+        sigma = model.sigmas[0]
+    header = {
+        "model": model.fingerprint,
+        "data": dataset.name,
+        "sigma": sigma,
+        "draws": draws,
+        "seed": seed,
+        "backend": detector.backend,
+    }
+    kept = {} if file is None else _kept(file, header, draws)
+    rows = []
+    for sample in dataset.test:
+        name = "/".join(sample.path.parts[-2:])
+        if name in kept:
+            row = kept[name]
+        else:
+            row = _draw(detector, sample, draws, sigma, _seed(seed, name))
+            if file is not None:
+                with file.open("a", encoding="utf-8") as stream:
+                    scores = None if row is None else [float(score) for score in row]
+                    stream.write(json.dumps({"image": name, "scores": scores}) + "\n")
+        limit = np.finfo(np.float32).max
+        rows.append(np.full(draws, -limit if sample.label else limit, np.float32) if row is None else row)
+        if on_image is not None:
+            on_image()
+    return CertifiedScores(labels, np.stack(rows), float(sigma or 0.0), size.height * size.width * size.channels)
+
+
+def figures(found: CertifiedScores, radii: Sequence[float], alpha: float) -> dict[str, Any]:
+    """``certified_auroc``, radius to value, and how it was measured."""
+    values = found.auroc(radii, alpha)
+    return {
+        "certified_auroc": {f"{radius:g}": float(value) for radius, value in zip(radii, values, strict=True)},
+        "certified_sigma": found.sigma,
+        "certified_draws": int(found.scores.shape[1]),
+        "certified_alpha": alpha,
+    }
+
+
+def _draw(detector: Detector, sample: Sample, draws: int, sigma: float | None, seed: int) -> NDArray[np.float32] | None:
+    try:
+        return detector.smoothed_scores(load_image(sample.path), draws, sigma=sigma, seed=seed)
+    except PartNotFoundError:
+        return None
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little")
+
+
+def _kept(file: Path, header: dict[str, Any], draws: int) -> dict[str, NDArray[np.float32] | None]:
+    """What the file holds; a line cut short by an interruption is dropped from it.  A new file gets the header."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        file.write_text("".join(lines), encoding="utf-8")
+    if not lines:
+        file.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        return {}
+    kept: dict[str, NDArray[np.float32] | None] = {}
+    try:
+        first, *rows = map(json.loads, lines)
+        if first != header:
+            raise ConfigError(expected(f"{file}: draws", f"those of {header}", first))
+        for row in rows:
+            kept[row["image"]] = None if row["scores"] is None else np.array(row["scores"], dtype=np.float32)
+    except (ValueError, TypeError, KeyError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{file}: not a file of draws: {error}") from error
+    for name, scores in kept.items():
+        if scores is not None and (scores.shape != (draws,) or not np.isfinite(scores).all()):
+            raise InferenceError(f"{file}: {name}: expected {draws} finite scores")
+    return kept
+
+
+def curve_svg(radii: NDArray[np.float64], values: NDArray[np.float64], title: str) -> str:
+    """The certified AUROC against the radius, as an SVG of its own."""
+    width, height, left, top, right, bottom = 640, 400, 60, 40, 20, 50
+    reach = float(radii[-1]) or 1.0
+
+    def x(radius: float) -> float:
+        return left + (width - left - right) * radius / reach
+
+    def y(value: float) -> float:
+        return top + (height - top - bottom) * (1.0 - value)
+
+    step = 10.0 ** math.floor(math.log10(reach / 2.0))
+    step *= next(m for m in (1, 2, 5, 10) if reach / (m * step) <= 8)
+    parts = []
+    for i in range(6):
+        value = i / 5
+        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{100 * value:.0f}</text>')
+    for i in range(int(reach / step + 1e-9) + 1):
+        at = x(i * step)
+        parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y(0):.1f}" y2="{y(0) + 5:.1f}" stroke="#444"/>')
+        parts.append(f'<text x="{at:.1f}" y="{y(0) + 20:.1f}" text-anchor="middle">{i * step:g}</text>')
+    # Steps to the left: at a radius between two that were computed, the next one's value holds.
+    path = f"M{x(float(radii[0])):.1f},{y(float(values[0])):.1f}"
+    for radius, value in zip(radii[1:].tolist(), values[1:].tolist(), strict=True):
+        path += f"V{y(value):.1f}H{x(radius):.1f}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13"'
+        ' fill="#222">'
+        f'<rect width="{width}" height="{height}" fill="#fff"/><text x="{left}" y="24" font-size="15">{escape(title)}</text>'
+        f"{''.join(parts)}"
+        f'<path d="{path}" fill="none" stroke="#0b62a4" stroke-width="2"/>'
+        f'<text x="{(left + width - right) / 2}" y="{height - 10}" text-anchor="middle">l2 radius, pixels in [0, 1]</text>'
+        f'<text transform="translate(16,{(top + height - bottom) / 2}) rotate(-90)" text-anchor="middle">'
+        "certified AUROC, %</text></svg>\n"
+    )

@@ -1,0 +1,93 @@
+"""A sink in a thread of its own, for one that may be slow or hang: a network share, a database elsewhere."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import replace
+
+from advrad_fast.errors import ConfigError, SinkError, expected
+from advrad_fast.line.results import StreamInspection
+from advrad_fast.line.sinks.base import Sink
+from advrad_fast.line.sinks.delivery import WAITING, Delivery, SinkStatus
+
+_AGAIN = 0.1  # seconds after which results that wait are offered again though no new one has come
+
+
+class Background:
+    """Lets the stream go on while a sink works.
+
+    Results wait in memory, without frames and maps, for the sink to take them: what has been given out may not be stored yet.
+    ``StreamStatus.sinks`` counts those that wait.
+
+    Args:
+        sink: any other one.
+        waiting: results that may wait; beyond it new ones are lost, and counted.
+        closing_s: seconds that closing waits for the sink; what it has not taken by then is lost, and reported.
+    """
+
+    def __init__(self, sink: Sink, *, waiting: int = WAITING, closing_s: float = 5.0) -> None:
+        if not isinstance(sink, Sink):
+            raise ConfigError(expected("sink", "a sink of advrad_fast.line.sinks", type(sink)))
+        if isinstance(waiting, bool) or not isinstance(waiting, int) or waiting < 1:
+            raise ConfigError(expected("waiting", "an integer of at least 1", waiting))
+        self.sink, self._closing = sink, closing_s
+        self._most = waiting
+        self._delivery = Delivery(sink, waiting=waiting)
+        self._changed = threading.Condition()
+        self._queue: deque[StreamInspection] = deque()
+        self._thread: threading.Thread | None = None
+        self._ending = False
+        self._lost = 0
+        self._error: SinkError | None = None  # of the sink's last attempt
+        self._at_end: SinkError | None = None
+
+    def deliver(self, result: StreamInspection) -> SinkError | None:
+        """Let a result wait for the sink.  An error: the sink is failing, or there is no room; never raises."""
+        with self._changed:
+            if self._ending or len(self._queue) >= self._most:
+                self._lost += 1
+                return SinkError(f"{self.sink.name}: {len(self._queue)} results wait for it; no room for another")
+            self._queue.append(result.light())
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name=f"advrad-fast {self.sink.name}", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+            return self._error
+
+    def close(self) -> SinkError | None:
+        """Wait for the sink, ``closing_s`` at most; never raises."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is None:
+            return self._delivery.close()
+        thread.join(self._closing)
+        with self._changed:
+            if thread.is_alive():
+                left = self.status.waiting
+                self._lost += len(self._queue)
+                self._queue.clear()
+                return SinkError(f"{self.sink.name}: it did not take {left} results within {self._closing:g} s")
+            return self._at_end
+
+    @property
+    def status(self) -> SinkStatus:
+        """Counts."""
+        inner = self._delivery.status
+        return replace(inner, waiting=inner.waiting + len(self._queue), lost=inner.lost + self._lost)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._ending, _AGAIN)
+                result = self._queue[0] if self._queue else None
+                if result is None and self._ending:
+                    break
+            error = self._delivery.offer_again() if result is None else self._delivery.deliver(result)
+            with self._changed:
+                self._error = error
+                if result is not None and self._queue:
+                    self._queue.popleft()
+        self._at_end = self._delivery.close()

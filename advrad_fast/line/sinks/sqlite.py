@@ -1,0 +1,82 @@
+"""Results in an SQLite database."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+
+from advrad_fast.errors import SinkError
+from advrad_fast.line.results import ROW_KEYS, StreamInspection
+
+VERSION = 1  #: of the table, in the database's user_version
+
+_TYPES = {"sequence": "INTEGER NOT NULL", "dropped": "INTEGER NOT NULL"}
+_TYPES |= dict.fromkeys(("run", "source", "captured_at", "outcome", "backend"), "TEXT NOT NULL")
+_TYPES |= dict.fromkeys(("item", "error", "message"), "TEXT")
+_TYPES |= dict.fromkeys(("threshold", "latency_ms"), "REAL NOT NULL") | dict.fromkeys(("score", "p_value"), "REAL")
+_CREATE = f"CREATE TABLE inspections ({', '.join(f'{key} {_TYPES[key]}' for key in ROW_KEYS)}, PRIMARY KEY (run, sequence))"
+_INSERT = f"INSERT INTO inspections VALUES ({', '.join('?' * len(ROW_KEYS))}) ON CONFLICT DO NOTHING"
+
+
+class Sqlite:
+    """A row a result in the table ``inspections``, with the columns ``ROW_KEYS``; (run, sequence) is the key.
+
+    Write-ahead log, ``synchronous=FULL``: a row that has been handed over survives ``kill -9`` and, on a disk that tells the
+    truth about what it has written, the machine's power.  Others may read meanwhile.
+
+    Args:
+        path: the database; made if it is missing.
+        busy_ms: how long to wait for another writer.
+
+    Raises:
+        SinkError: it cannot be opened, is no database, or holds a table of another version.
+    """
+
+    retry = True
+
+    def __init__(self, path: str | os.PathLike[str], *, busy_ms: float = 1000.0) -> None:
+        self.name = f"sqlite {os.fspath(path)}"
+        self._lock = threading.Lock()
+        try:
+            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=busy_ms / 1e3)
+            try:
+                self._prepare()
+            except BaseException:
+                self._database.close()
+                raise
+        except sqlite3.Error as error:
+            raise SinkError(f"{self.name}: {error}") from error
+
+    def write(self, result: StreamInspection) -> None:
+        """Insert the row and commit it; a row that is there already is left as it is."""
+        with self._lock:
+            try:
+                self._database.execute(_INSERT, tuple(result.row().values()))
+            except sqlite3.Error as error:
+                raise SinkError(f"{self.name}: {error}") from error
+
+    def close(self) -> None:
+        """Close the database; the last to do so folds the log into it."""
+        with self._lock:
+            self._database.close()
+
+    def _prepare(self) -> None:
+        database = self._database
+        (mode,) = database.execute("PRAGMA journal_mode=WAL").fetchone()
+        if mode != "wal":
+            raise SinkError(f"{self.name}: expected a file system with a write-ahead log, got journal mode {mode}")
+        database.execute("PRAGMA synchronous=FULL")
+        database.execute("BEGIN IMMEDIATE")  # two streams may make the table at the same time
+        try:
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+            tables = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+            if version == 0 and not tables:
+                database.execute(_CREATE)
+                database.execute(f"PRAGMA user_version={VERSION}")
+            elif version != VERSION or ("inspections",) not in tables:
+                raise SinkError(f"{self.name}: expected an empty database or table version {VERSION}, got version {version}")
+        except BaseException:
+            database.execute("ROLLBACK")
+            raise
+        database.execute("COMMIT")
