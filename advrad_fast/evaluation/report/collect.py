@@ -218,4 +218,9 @@ def _machine() -> Settings:
             versions[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
             continue
-    return {**versions, "system": platform.platform(), "processor": processor(), "cores": os.cpu_count()}
+    return {
+        **versions,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": processor(),
+        "cores": os.cpu_count(),
+    }
