@@ -39,7 +39,9 @@ class Pretended(ReferenceBackend):
 
     def score(self, images: Any, *, seed: int, want_maps: bool) -> Scores:
         found = super().score(images, seed=seed, want_maps=want_maps)
-        return Scores(found.scores * np.float32(1 + self.off), found.maps, {"device": sum(found.timings.values())})
+        factor = np.float32(1 + self.off)
+        maps = None if found.maps is None else found.maps * factor
+        return Scores(found.scores * factor, maps, {"device": sum(found.timings.values())})
 
     def profile(self, image: Any, *, seed: int = 0, want_maps: bool = False, runs: int = 100) -> dict[str, Any]:
         assert image.dtype == np.uint8 and image.ndim == 3
