@@ -70,9 +70,10 @@ def create(
             continue
         try:
             backend = _create(candidate, config, weights, mu, inverse_spread, options)
-        except BackendUnavailableError as error:  # what only shows when it is tried: an engine that cannot be built
-            if name != "auto":
+        except BackendUnavailableError as error:
+            if name != "auto" or candidate != "cuda":
                 raise
+            # That a GPU cannot be used may only show when it is tried; processors come next.
             _log.warning("backend %s: %s", candidate, error)
             failed.append(BackendStatus(candidate, False, str(error)))
             continue
