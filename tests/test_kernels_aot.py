@@ -104,8 +104,8 @@ def test_amd_compiles(target: str) -> None:
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "k"
-    assert cli.main(["compile", "--out", str(out)]) == cli.main(["compile", "--kernels"]) == cli.FAILED
-    assert "--kernels: expected --out FOLDER" in capsys.readouterr().err
+    assert cli.main(["compile", "--out", str(out)]) == cli.FAILED
+    assert "compile: expected a model file, or --kernels" in capsys.readouterr().err
     assert cli.main(["compile", "--kernels", "--out", str(out), "--target", "sm_1"]) == cli.FAILED
     assert "targets: expected" in capsys.readouterr().err and not out.exists()
 
