@@ -31,6 +31,7 @@ from advrad_fast.certify import Certificate, DecisionTest
 from advrad_fast.errors import AdvRADError, ConfigError, ImageError, InferenceError, PartNotFoundError, expected
 from advrad_fast.model import ModelFile
 from advrad_fast.smoothing import Smoothing
+from advrad_fast.untrusted import kind
 from advrad_fast.voting import OnVotes
 
 _log = logging.getLogger(__name__)
@@ -349,20 +350,16 @@ def _checked_score(result: backends.Scores, size: tuple[int, ...], want_maps: bo
     """The one score in a backend's result, which is trusted no more than a file: a wrong one could pass a defect as good."""
     scores, maps = result.scores, result.maps
     if not isinstance(scores, np.ndarray) or scores.shape != (1,) or scores.dtype != np.float32:
-        raise InferenceError(expected("scores", "a float32 array (1,)", _kind(scores)))
+        raise InferenceError(expected("scores", "a float32 array (1,)", kind(scores)))
     score = float(scores[0])
     if not math.isfinite(score):
         raise InferenceError(expected("score", "a finite number", score))
     if want_maps:
         if not isinstance(maps, np.ndarray) or maps.shape != (1, *size) or maps.dtype != np.float32:
-            raise InferenceError(expected("maps", f"a float32 array {(1, *size)}", _kind(maps)))
+            raise InferenceError(expected("maps", f"a float32 array {(1, *size)}", kind(maps)))
         if not float(maps.max()) == score:  # NaN in a map is its maximum
             raise InferenceError(expected("score", f"the map's maximum, {float(maps.max()):g}", score))
     return score
-
-
-def _kind(value: object) -> str:
-    return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
 
 
 def _float32_below(threshold: float) -> np.float32:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import BackendUnavailableError, ConfigError, ImageError, InferenceError, ModelFileError, expected
 from advrad_fast.philox import check_seed
+from advrad_fast.untrusted import kind
 
 Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "fp16", "bf16", "int8", "fp8")
@@ -131,8 +132,7 @@ def check_draws(
     size = config.image
     shape = (size.height, size.width, size.channels)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != shape:
-        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ImageError(f"image: expected uint8 {shape}, got {got}")
+        raise ImageError(f"image: expected uint8 {shape}, got {kind(image)}")
     seed = check_seed(seed)
     for name, value in (("draws", draws), ("first_draw", first_draw)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= 2**31:
@@ -185,8 +185,7 @@ class FrameBackend(ABC):
         size = self._config.image
         shape = (size.height, size.width, size.channels)
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape:
-            got = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
-            raise ImageError(f"images: expected uint8 (N, {', '.join(map(str, shape))}), got {got}")
+            raise ImageError(f"images: expected uint8 (N, {', '.join(map(str, shape))}), got {kind(images)}")
         scores = np.empty(len(images), dtype=np.float32)
         maps = np.empty((len(images), *shape[:2]), dtype=np.float32) if want_maps else None
         timings = dict.fromkeys(self.steps, 0.0)

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from advrad_fast import certify
 from advrad_fast.detector import Detector
-from advrad_fast.errors import ConfigError, DatasetError, InferenceError, PartNotFoundError, expected
+from advrad_fast.errors import ConfigError, InferenceError, PartNotFoundError, expected
 from advrad_fast.evaluation.datasets import Dataset, Sample
+from advrad_fast.evaluation.evaluate import labels_of, sample_name
 from advrad_fast.images import load_image
 
 RADII = (0.05, 0.1, 0.2, 0.5)
@@ -73,11 +74,7 @@ def draw_scores(
         DatasetError: the test set has no good or no bad images.
         ConfigError: ``file`` holds draws of another model, sigma, backend, seed or number; or as :meth:`Detector.certify`.
     """
-    labels = np.array([sample.label for sample in dataset.test], dtype=np.int64)
-    if not (labels == 0).any() or not (labels == 1).any():
-        raise DatasetError(
-            f"{dataset.name}: the test set needs good and defective images, got {len(labels) - labels.sum()} and {labels.sum()}"
-        )
+    labels = labels_of(dataset)
     model, size = detector.model, detector.model.config.image
     if sigma is None and model.sigmas:
         sigma = model.sigmas[0]
@@ -92,7 +89,7 @@ def draw_scores(
     kept = {} if file is None else _kept(file, header, draws)
     rows = []
     for sample in dataset.test:
-        name = "/".join(sample.path.parts[-2:])
+        name = sample_name(sample.path)
         if name in kept:
             row = kept[name]
         else:

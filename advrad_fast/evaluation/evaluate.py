@@ -71,11 +71,7 @@ def evaluate(
         DatasetError: the test set has no good or no defective images.
         SpreadError: the cluster can't be used.
     """
-    labels = np.array([s.label for s in dataset.test], dtype=np.int64)
-    if not (labels == 0).any() or not (labels == 1).any():
-        raise DatasetError(
-            f"{dataset.name}: the test set needs good and defective images, got {len(labels) - labels.sum()} and {labels.sum()}"
-        )
+    labels = labels_of(dataset)
     if ray is not None and setup is None:
         raise ConfigError(expected("setup", "a function that makes the detector in a worker, as ray is given", setup))
     masks: list[NDArray[np.bool_] | None] = []
@@ -180,6 +176,20 @@ def table(evaluation: Evaluation) -> str:
     for kind, (count, found, area) in evaluation.by_defect().items():
         lines.append(f"    {kind:24s} {found:3d}/{count:<3d} found, AUROC {percent(area)}")
     return "\n".join(lines)
+
+
+def labels_of(dataset: Dataset) -> NDArray[np.int64]:
+    """The test images' labels, 0 (good) and 1 (bad): int64 (images,).
+
+    Raises:
+        DatasetError: the test set has no good or no bad images.
+    """
+    labels = np.array([s.label for s in dataset.test], dtype=np.int64)
+    if not (labels == 0).any() or not (labels == 1).any():
+        raise DatasetError(
+            f"{dataset.name}: the test set needs good and defective images, got {len(labels) - labels.sum()} and {labels.sum()}"
+        )
+    return labels
 
 
 def sample_name(path: Path) -> str:
