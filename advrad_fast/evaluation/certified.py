@@ -19,6 +19,7 @@ from advrad_fast.detector import Detector
 from advrad_fast.errors import ConfigError, InferenceError, PartNotFoundError, expected
 from advrad_fast.evaluation.datasets import Dataset, Sample
 from advrad_fast.evaluation.evaluate import labels_of, sample_name
+from advrad_fast.evaluation.rows import append_line
 from advrad_fast.images import load_image
 
 RADII = (0.05, 0.1, 0.2, 0.5)
@@ -95,9 +96,8 @@ def draw_scores(
         else:
             row = _draw(detector, sample, draws, sigma, _seed(seed, name))
             if file is not None:
-                with file.open("a", encoding="utf-8") as stream:
-                    scores = None if row is None else [float(score) for score in row]
-                    stream.write(json.dumps({"image": name, "scores": scores}) + "\n")
+                scores = None if row is None else [float(score) for score in row]
+                append_line(file, json.dumps({"image": name, "scores": scores}))
         limit = np.finfo(np.float32).max
         rows.append(np.full(draws, -limit if sample.label else limit, np.float32) if row is None else row)
         if on_image is not None:
@@ -128,13 +128,12 @@ def _seed(seed: int, name: str) -> int:
 
 
 def _kept(file: Path, header: dict[str, Any], draws: int) -> dict[str, NDArray[np.float32] | None]:
-    """What the file holds; a line cut short by an interruption is dropped from it.  A new file gets the header."""
+    """What the file holds, but for a line cut short by an interruption.  A new file gets the header."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        file.write_text("".join(lines), encoding="utf-8")
+        lines.pop()  # and the next line that is appended takes its place
     if not lines:
-        file.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        append_line(file, json.dumps(header))
         return {}
     kept: dict[str, NDArray[np.float32] | None] = {}
     try:

@@ -201,7 +201,12 @@ def _read(path: str | os.PathLike[str], kind: type[_T]) -> list[_T]:
 
 
 def append_row(path: str | os.PathLike[str], row: AttackRow) -> None:
-    """Append a row in one write and flush it to the disk, after mending a line that a crash cut off.
+    """:func:`append_line` of the row."""
+    append_line(path, to_line(row))
+
+
+def append_line(path: str | os.PathLike[str], line: str) -> None:
+    """Append a line in one write and flush it to the disk, after mending one that a crash cut off.
 
     Raises:
         OSError: the file cannot be written.
@@ -213,7 +218,7 @@ def append_row(path: str | os.PathLike[str], row: AttackRow) -> None:
             if file.read(1) != b"\n":
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(to_line(row).encode() + b"\n")  # mode a: at the end, wherever the position is
+        file.write(line.encode() + b"\n")  # mode a: at the end, wherever the position is
         file.flush()
         os.fsync(file.fileno())
 
