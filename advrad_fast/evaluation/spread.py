@@ -30,7 +30,8 @@ def map_tasks(
 
     Without ``ray``: in this process, in order.  With it: on the cluster's processes, in the order in which they are done.  A task
     whose worker dies is run again elsewhere.  Tasks are drawn as workers are free to take them, so an iterator need not hold all
-    of them at once.  Stopping early (an exception, or closing the iterator) cancels what has not been done.
+    of them at once.  After stopping early (an exception, or closing the iterator) no more are drawn; the two for each worker that
+    were under way end with the connection, or, where the caller had made it, run on and their results are dropped.
 
     Args:
         function: of a module (workers import it), and pure: its result depends on its arguments only.
@@ -81,8 +82,8 @@ def _on_cluster(
             done, _ = ray.wait(list(waiting), num_returns=1)
             yield waiting.pop(done[0]), _result(ray, done[0])
     finally:
-        for reference in waiting:
-            ray.cancel(reference, force=True)
+        # No ray.cancel: met by a task that is just being sent, it aborts this process ("Tried to complete task that was not
+        # pending", Ray 2.60).
         if started:
             ray.shutdown()
 
