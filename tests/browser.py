@@ -25,6 +25,29 @@ FLAGS = (
 )
 
 
+# WCAG's contrast of a text's colour with the nearest background behind it.
+RATIO = """
+const channel = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+const light = colour => {
+  const [r, g, b] = colour.match(/[\\d.]+/g).map(v => channel(Number(v)));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const behind = element => {
+  for (; element; element = element.parentElement) {
+    const colour = getComputedStyle(element).backgroundColor;
+    if (!colour.startsWith('rgba(0, 0, 0, 0')) return colour;
+  }
+  return 'rgb(255, 255, 255)';
+};
+const ratio = element => {
+  const style = getComputedStyle(element), own = light(element.tagName == 'text' ? style.fill : style.color);
+  const other = light(behind(element));
+  const where = element.tagName + ' ' + element.textContent.slice(0, 40);
+  return [(Math.max(own, other) + 0.05) / (Math.min(own, other) + 0.05), where];
+};
+"""
+
+
 @contextmanager
 def chromium(profile: Path) -> Iterator[Any]:
     """A browser, or a skip that says what is missing; with ADVRAD_REQUIRE_CHROMIUM=1 that is a failure.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import chromium, requests, set_dark, set_width
+from browser import RATIO, chromium, requests, set_dark, set_width
 from reports import HOSTILE, category
 
 from advrad_fast.evaluation import report
@@ -137,29 +137,13 @@ def test_nothing_is_wider_than_the_screen(browser: Any, width: int) -> None:
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
 
 
-# WCAG's contrast of a text's colour with the nearest background behind it.
-CONTRAST = """
-const channel = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-const light = colour => {
-  const [r, g, b] = colour.match(/[\\d.]+/g).map(v => channel(Number(v)));
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-};
-const behind = element => {
-  for (; element; element = element.parentElement) {
-    const colour = getComputedStyle(element).backgroundColor;
-    if (!colour.startsWith('rgba(0, 0, 0, 0')) return colour;
-  }
-  return 'rgb(255, 255, 255)';
-};
-const ratio = element => {
-  const style = getComputedStyle(element), own = light(element.tagName == 'text' ? style.fill : style.color);
-  const other = light(behind(element));
-  const where = element.tagName + ' ' + element.textContent.slice(0, 40);
-  return [(Math.max(own, other) + 0.05) / (Math.min(own, other) + 0.05), where];
-};
+CONTRAST = (
+    RATIO
+    + """
 const all = document.querySelectorAll('p, b, span, td, th, dt, figcaption, h1, h2, h3, text, summary');
 return Array.from(all).filter(e => e.textContent.trim()).map(ratio).sort((a, b) => a[0] - b[0])[0];
 """
+)
 
 
 @pytest.mark.parametrize("dark", [False, True])

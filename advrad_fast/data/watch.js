@@ -186,6 +186,21 @@
       else if (waiting > 0) lamp("storage", "warn", `${waiting} results wait`, where);
       else lamp("storage", "good", "up to date", where);
     }
+    driftLamp(state === null || !(there || ended) ? null : state.drift);
+  };
+
+  const driftLamp = (drift) => {
+    if (drift === null) {
+      $("lamp-drift").hidden = true;
+      return;
+    }
+    const evidence = `evidence ${number(drift.e_value)}, alarm at ${number(drift.level)}; ${drift.frames} scores`;
+    if (drift.direction === null) {
+      lamp("drift", "good", "none", evidence);
+      return;
+    }
+    const since = drift.alarm_at === null ? "" : ` since ${clock(drift.alarm_at)}`;
+    lamp("drift", "warn", `scores went ${drift.direction}${since}`, `${evidence}; began after about ${drift.onset_frame} scores`);
   };
 
   const counts = () => {

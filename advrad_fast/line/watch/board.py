@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from advrad_fast.detector import Outcome
+from advrad_fast.line.drift import DriftState
 from advrad_fast.line.results import StreamInspection
 from advrad_fast.line.stream import InspectionStream, StreamStatus
 from advrad_fast.line.watch.pictures import Pictures, pictures
@@ -139,6 +140,7 @@ class Board:
             "dropped": dropped if source is None else source.dropped,
             "per_second": round(len(recent) / max(now - recent[0], 1.0), 2) if recent else 0.0,
             "unstored": unstored,
+            "drift": None if newest is None else _drift(getattr(newest, "drift", None)),
             "source": None if source is None else _source(source),
             "rejects": [description for description, _ in reversed(self._rejects.values())],
         }
@@ -173,6 +175,19 @@ def _described(result: StreamInspection, drawn: Pictures | None) -> dict[str, An
     item = None if result.item is None else result.item.rpartition("/")[2]
     views = [] if drawn is None else ["frame"] if drawn.map is None else ["frame", "map"]
     return {**{key: row[key] for key in keys}, "item": item, "message": row["message"], "views": views}
+
+
+def _drift(state: DriftState | None) -> dict[str, Any] | None:
+    if state is None:
+        return None
+    return {
+        "frames": state.frames,
+        "e_value": min(state.e_value, 1e300),
+        "level": state.level,
+        "direction": state.direction,
+        "alarm_at": None if state.alarm_at is None else state.alarm_at.isoformat(timespec="seconds"),
+        "onset_frame": state.onset_frame,
+    }
 
 
 def _source(status: StreamStatus) -> dict[str, Any]:
