@@ -96,6 +96,17 @@ def test_it_follows_the_line(browser: Any, line: Running, model: Detector) -> No
     becomes(browser, "ENDED")
 
 
+def test_frame_and_heat_map_are_of_one_part(browser: Any, line: Running) -> None:
+    browser.get(line.page.url)
+    for _ in range(30):
+        line.line.part()
+        pair = browser.execute_script(
+            "return ['frame', 'map'].map(id => document.getElementById(id)).map(i => i.hidden || i.src)"
+        )
+        assert pair[0] is pair[1] is True or pair[0].replace("frame", "map") == pair[1]
+    wait_until(lambda: is_loaded(browser, "frame") and text(browser, "pictured") == "no. 29")
+
+
 def test_it_asks_for_nothing_elsewhere_and_reports_no_error(browser: Any, line: Running) -> None:
     browser.get(line.page.url)
     line.line.part()

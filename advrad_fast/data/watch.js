@@ -16,6 +16,7 @@
   };
   const number = (value) => (value === null || value === undefined ? "–" : String(Number(value.toPrecision(4))));
   const clock = (iso) => new Date(iso).toLocaleTimeString("en-GB");
+  const name = (result) => result.item || `no. ${result.sequence}`;
   const milliseconds = (value) => `${value.toFixed(value < 10 ? 1 : 0)} ms`;
 
   let state = null; // the newest
@@ -115,10 +116,9 @@
     text("score", result === null ? "–" : number(result.score));
     text("threshold", result === null ? "–" : number(result.threshold));
     text("time", result === null ? "–" : clock(result.captured_at));
-    text("part", result === null ? "–" : result.item || `no. ${result.sequence}`);
+    text("part", result === null ? "–" : name(result));
     $("part").title = result === null ? "" : $("part").textContent;
-    picture("frame", result, "The newest frame");
-    picture("map", result, "Its heat map");
+    pictures(result);
     lamps();
     if (state !== null && state !== drawn) {
       drawn = state;
@@ -129,34 +129,43 @@
   };
   let drawn = null;
 
-  // One picture is under way at a time: a slow connection gets fewer, not later ones.
-  const underway = {};
-  const changedAt = {};
-  const picture = (view, result, alt) => {
-    const image = $(view);
-    if (result === null || !result.views.includes(view)) {
-      image.hidden = true;
-      image.dataset.sequence = "";
+  // Frame and heat map come and go together.  One pair is under way at a time: a slow connection gets fewer, not later ones.
+  const hidePictures = () => {
+    pictured = null;
+    for (const view of ["frame", "map"]) $(view).hidden = true;
+    text("pictured", "");
+  };
+  let pictured = null;
+  let picturedAt = -Infinity;
+  let underway = false;
+  const pictures = (result) => {
+    if (result === null || result.views.length === 0) {
+      hidePictures();
       return;
     }
-    const sequence = String(result.sequence);
-    if (image.dataset.sequence === sequence) changedAt[view] = performance.now();
-    else if (performance.now() - changedAt[view] > LAG) image.hidden = true;
-    if (underway[view] || image.dataset.sequence === sequence) return;
-    underway[view] = true;
-    const next = new Image();
-    next.src = `/pictures/${sequence}/${view}.jpg`;
-    next.decode().then(
-      () => {
-        underway[view] = false;
-        if (state === null || state.result === null || !OUTCOMES.includes(shown)) return;
-        image.src = next.src;
-        image.alt = `${alt}: ${result.outcome}`;
-        image.dataset.sequence = sequence;
-        image.hidden = false;
-        changedAt[view] = performance.now();
+    const key = `${state.run}/${result.sequence}`;
+    if (pictured === key) picturedAt = performance.now();
+    else if (pictured !== null && performance.now() - picturedAt > LAG) hidePictures();
+    if (underway || pictured === key) return;
+    underway = true;
+    const loading = result.views.map((view) => {
+      const image = new Image();
+      image.id = view;
+      image.alt = `${view === "map" ? "Heat map" : "Frame"} of ${name(result)}: ${result.outcome}`;
+      image.src = `/pictures/${result.sequence}/${view}.jpg`;
+      return image.decode().then(() => image);
+    });
+    Promise.all(loading).then(
+      (images) => {
+        underway = false;
+        if (!OUTCOMES.includes(shown)) return;
+        hidePictures();
+        for (const image of images) $(image.id).replaceWith(image);
+        text("pictured", name(result));
+        pictured = key;
+        picturedAt = performance.now();
       },
-      () => (underway[view] = false),
+      () => (underway = false),
     );
   };
 
@@ -276,7 +285,6 @@
 
   // The last rejects.
 
-  const name = (reject) => reject.item || `no. ${reject.sequence}`;
   const gallery = () => {
     const list = $("gallery");
     $("no-rejects").hidden = state.rejects.length > 0;
@@ -311,11 +319,14 @@
     draw(icon, "use", { href: `#shape-${reject.outcome}` });
     const word = document.createElement("b");
     word.textContent = reject.outcome;
+    const score = document.createElement("b");
+    score.className = "score";
+    score.textContent = reject.score === null ? "" : number(reject.score);
     const when = document.createElement("span");
-    when.textContent = `${clock(reject.captured_at)}${reject.score === null ? "" : ` · score ${number(reject.score)}`}`;
+    when.textContent = clock(reject.captured_at);
     const part = document.createElement("span");
     part.textContent = name(reject);
-    facts.append(word, when, part);
+    facts.append(word, score, when, part);
     button.append(image, facts);
     item.append(button);
     return item;
