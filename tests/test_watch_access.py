@@ -10,6 +10,7 @@ from contextlib import closing, suppress
 from typing import Any
 
 import pytest
+from streams import wait_until
 from watching import get
 
 from advrad_fast.line.watch import WatchPage
@@ -182,3 +183,20 @@ def test_requests_that_are_none(page: WatchPage) -> None:
                 received = connection.recv(100)
             assert b" 200 " not in received
     assert get(page, "/")[0] == 200
+
+
+def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that ask for nothing would take the files that the line's sinks need."""
+    from advrad_fast.line.watch import server
+
+    monkeypatch.setattr(server, "_CONNECTIONS", 4)
+    monkeypatch.setattr(server, "_FIRST", 0.5)
+    with WatchPage(port=0) as shown:
+        idle = [socket.create_connection(("127.0.0.1", shown.port), timeout=20) for _ in range(10)]
+        for connection in idle[:-1]:
+            connection.sendall(b"GET / HT")
+        for connection in idle:  # each is closed: six at once, four for they are slow
+            with closing(connection), suppress(ConnectionResetError):
+                assert connection.recv(10) == b""
+        wait_until(lambda: not shown._server._server.server_state.connections)
+        assert get(shown, "/")[0] == 200

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from advrad_fast.errors import SinkError
 from advrad_fast.line.watch.access import Guard
@@ -25,7 +26,8 @@ from advrad_fast.line.watch.board import Publication
 _log = logging.getLogger(__name__)
 
 CLIENTS = 16  #: browsers that are kept up to date at the same time
-_CONNECTIONS = 6 * CLIENTS + 16  # of all kinds: a browser opens six to one server
+_CONNECTIONS = 6 * CLIENTS + 16  # of all kinds: a browser opens six to one server.  More would take files from the line's sinks.
+_FIRST = 10.0  # seconds for the first request of a connection
 _STALLED = 20.0  # seconds after which the system drops a connection that takes nothing
 _BUFFER = 1 << 18  # bytes that wait in the system for one connection at most
 _CLOSING = 2.0  # seconds for browsers to hear that the stream has ended
@@ -100,7 +102,7 @@ class Server:
         config = uvicorn.Config(
             guard,
             loop="asyncio",
-            http="h11",
+            http=_Bounded,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -108,7 +110,6 @@ class Server:
             access_log=False,  # addresses carry the token
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=_CONNECTIONS,
             h11_max_incomplete_event_size=16384,
             timeout_keep_alive=30,
             timeout_graceful_shutdown=1,
@@ -196,6 +197,21 @@ class Server:
             self._watching -= 1
             self._waiting.discard(news)
             gone.cancel()
+
+
+class _Bounded(H11Protocol):
+    """A connection, if there are not too many, and for as long as it asks for something."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > _CONNECTIONS:
+            transport.abort()
+        else:
+            self.loop.call_later(_FIRST, self._expect_request)
+
+    def _expect_request(self) -> None:
+        if self.cycle is None:
+            self.transport.abort()
 
 
 class _Asgi:
