@@ -14,7 +14,7 @@ from emulated_engine import EmulatedEngine
 from gpu_emulation.driver import Code, DeviceSpec, FakeDriver
 from models import certifiable, small_model
 from numpy.typing import NDArray
-from test_cuda import engine, spent, weights_of  # noqa: F401  # a fixture
+from test_cuda import BOUNDS, engine, spent, weights_of  # noqa: F401  # a fixture
 from test_detector import same
 
 from advrad_fast import Detector, Outcome
@@ -233,6 +233,21 @@ def test_grey(driver: FakeDriver, make: Make, put: Any, shape: tuple[int, ...]) 
     before = driver.counters.copied_bytes["htod"]
     assert same(detector.inspect(array), wanted)
     assert driver.counters.copied_bytes["htod"] == before
+
+
+def test_grey_frames_as_on_a_cpu(make: Make) -> None:
+    """A grey model takes the same frames on both backends, and refuses the same."""
+    grey = model(channels=1)
+    here, there = make(grey), Detector(grey, backend="cpu", threads=1, cache_dir=False, precision="fp32")
+    one = FRAME[:, :, 1]
+    for frame in (one, one[:, :, None], FRAME, one.astype(np.uint16) * 257, one[:20], np.asfortranarray(one)):
+        got, wanted = here.inspect(frame), there.inspect(frame)
+        assert got.score is not None and got.outcome is wanted.outcome
+        assert got.score == pytest.approx(wanted.score, rel=BOUNDS["fp32"])
+        assert got.anomaly_map is not None and got.anomaly_map.shape == frame.shape[:2]
+    for wrong in (FRAME[:, :, :2], one.astype(np.int32)):
+        errors = [detector.inspect_batch([wrong])[0].error for detector in (here, there)]
+        assert str(errors[0]) == str(errors[1]) and isinstance(errors[0], ImageError)
 
 
 def test_certify(driver: FakeDriver, make: Make, put: Any) -> None:
