@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advrad_fast import backends, calibrate, images, philox, voting
+from advrad_fast import backends, calibrate, gpu_frames, images, philox, voting
 from advrad_fast.backends import Votes
 from advrad_fast.certify import Certificate, DecisionTest
 from advrad_fast.errors import AdvRADError, ConfigError, ImageError, InferenceError, PartNotFoundError, expected
@@ -147,7 +147,10 @@ class Detector:
         """Inspect one frame.
 
         Args:
-            frame: an array (see :func:`advrad_fast.images.check_frame`) or a PIL image.
+            frame: an array or a PIL image (:func:`advrad_fast.images.check_frame`); for ``cuda`` also a uint8 array on the GPU
+                (:mod:`advrad_fast.gpu_frames`).  That is read where it lies if the model takes it as it is
+                (:func:`advrad_fast.images.is_prepared`: it has the network's size and channels, and neither pose nor brightness
+                is set); else it is copied to the host once, prepared there, and goes the usual way.
             maps: also compute the anomaly map and mask.
             seed: instead of the detector's.
 
@@ -155,7 +158,7 @@ class Detector:
             OK or DEFECT, or ABSTAIN where the model aligns the part first and finds none.
 
         Raises:
-            ImageError: the frame breaks the input contract.
+            ImageError: the frame breaks the input contract, or lies on a GPU and the backend is not ``cuda`` on that one.
             InferenceError: the engine failed, memory ran out, or what came back is no result: not finite, of another shape, or
                 a score that is not its map's maximum.
         """
@@ -167,19 +170,25 @@ class Detector:
             raise InferenceError("out of memory") from error
 
     def _inspect(self, frame: object, maps: bool, seed: int, start: float) -> Inspection:
-        try:
-            prepared = images.prepare(frame, self._model.config.image)
-        except PartNotFoundError as error:
-            return self._failed(Outcome.ABSTAIN, error, start)
-        prepare = _ms(start)
         threshold = self._threshold  # read once: another thread may set it
-        result = self._backend.score(prepared.image[None], seed=seed, want_maps=maps)
-        score = _checked_score(result, prepared.image.shape[:2], maps)
+        on_gpu = gpu_frames.find(frame)
+        prepare, prepared = 0.0, None
+        result = None if on_gpu is None else self._backend.score_in_place(on_gpu, seed=seed, want_maps=maps)
+        if result is None:
+            try:
+                prepared = self._prepared(frame, on_gpu)
+            except PartNotFoundError as error:
+                return self._failed(Outcome.ABSTAIN, error, start)
+            prepare = _ms(start)
+            result = self._backend.score(prepared.image[None], seed=seed, want_maps=maps)
+        size = self._model.config.image
+        score = _checked_score(result, (size.height, size.width), maps)
         anomaly_map = mask = None
         if maps and result.maps is not None:
-            above = result.maps[0] > _float32_below(threshold)
-            anomaly_map = images.map_to_frame(result.maps[0], prepared)
-            mask = images.mask_to_frame(above, prepared)
+            anomaly_map, mask = result.maps[0], result.maps[0] > _float32_below(threshold)
+            if prepared is not None:  # else the frame is the network's image
+                anomaly_map = images.map_to_frame(anomaly_map, prepared)
+                mask = images.mask_to_frame(mask, prepared)
         return Inspection(
             outcome=Outcome.DEFECT if score > threshold else Outcome.OK,
             score=score,
@@ -225,7 +234,7 @@ class Detector:
         A KeyboardInterrupt is served between batches and leaves the detector as it was.
 
         Args:
-            frame: as for :meth:`inspect`.
+            frame: as for :meth:`inspect`; one on the GPU is copied to the host once.
             radius: l2 over all pixels and channels of the prepared image, each in [0, 1].  Which decision, if any, is robust
                 at it?  Stops as soon as that is settled, either way.  None: the largest radius that ``max_votes`` votes
                 certify, for which all of them are drawn.
@@ -257,7 +266,7 @@ class Detector:
         noise_seed = secrets.randbits(64) if seed is None else philox.check_seed(seed)
         batches: Iterator[NDArray[np.bool_]] = iter(())
         try:
-            image = images.prepare(frame, self._model.config.image).image
+            image = self._prepared(frame, gpu_frames.find(frame)).image
         except PartNotFoundError as error:
             _log.info("not certified: %s", error)
         else:
@@ -291,7 +300,11 @@ class Detector:
         draws = voting.check_votes("draws", draws)
         votes = self._votes(self._smoothing(None, sigma, 0.001, draws))
         noise_seed = secrets.randbits(64) if seed is None else philox.check_seed(seed)
-        return votes.scores(images.prepare(frame, self._model.config.image).image, seed=noise_seed, draws=draws)
+        return votes.scores(self._prepared(frame, gpu_frames.find(frame)).image, seed=noise_seed, draws=draws)
+
+    def _prepared(self, frame: object, on_gpu: gpu_frames.GpuFrame | None) -> images.Prepared:
+        """On the host; a frame on a GPU is copied there."""
+        return images.prepare(frame if on_gpu is None else self._backend.download(on_gpu), self._model.config.image)
 
     @property
     def _pixels(self) -> int:
