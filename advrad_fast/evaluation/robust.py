@@ -94,9 +94,21 @@ class RobustSettings:
 
 
 def prepared_model(model: ModelFile) -> ModelFile:
-    """The model for images that are prepared already: neither aligned nor brightened again."""
+    """The model for images that are prepared already: neither aligned nor brightened again.
+
+    Raises:
+        ConfigError: the model inspects tiles, which the attacks do not know.
+    """
+    _check_whole(model)
     image = dataclasses.replace(model.config.image, pose=None, brightness=None)
     return dataclasses.replace(model, config=dataclasses.replace(model.config, image=image))
+
+
+def _check_whole(model: ModelFile) -> None:
+    if model.tiling is not None:
+        raise ConfigError(
+            "model: expected one that inspects whole images, which attacks are made for, got one that inspects tiles"
+        )
 
 
 def evaluate_robust(
@@ -137,6 +149,7 @@ def evaluate_robust(
         DatasetError: the test set has no good or no bad images.
     """
     start = time.perf_counter()
+    _check_whole(detector.model)
     image, name = detector.model.config.image, name or detector.model.fingerprint[:12]
     if prepared is None:
         if image.pose is not None or image.brightness is not None:
