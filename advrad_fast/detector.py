@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advrad_fast import backends, calibrate, gpu_frames, images, philox, voting
+from advrad_fast import backends, calibrate, gpu_frames, images, philox, tiles, voting
 from advrad_fast.backends import Votes
 from advrad_fast.certify import Certificate, DecisionTest
 from advrad_fast.errors import AdvRADError, ConfigError, ImageError, InferenceError, PartNotFoundError, expected
@@ -80,6 +80,9 @@ class Detector:
     A result is a function of the frame and the seed, not of batch, order or thread.  Processes load their own: spawned, or forked
     before OpenVINO was loaded; in a child forked later, :meth:`inspect` raises InferenceError where OpenVINO would hang.
 
+    A model with ``tiling`` inspects a frame in tiles, at the frame's own resolution, and blends their maps into one: all else is
+    the same.  :mod:`advrad_fast.tiling` makes such models.
+
     Args:
         model: a model file's contents.
         backend: ``auto``, ``cpu``, ``cuda`` or ``reference``.
@@ -94,7 +97,12 @@ class Detector:
     def __init__(self, model: ModelFile, *, backend: str = "auto", seed: int | None = 0, **options: Any) -> None:
         self._model = model
         self._seed = None if seed is None else philox.check_seed(seed)
-        self._backend = backends.create(backend, model.config, model.weights, model.mu, model.inverse_spread, **options)
+        mu, inverse_spread = model.mu, model.inverse_spread
+        self._by_position = model.tiling is not None and model.tiling.frame is not None
+        if self._by_position:  # a tile's map is the error itself; the normal map is the frame's
+            size = (model.config.image.height, model.config.image.width)
+            mu, inverse_spread = np.zeros(size, dtype=np.float32), np.ones(size, dtype=np.float32)
+        self._backend = backends.create(backend, model.config, model.weights, mu, inverse_spread, **options)
         self._threshold = model.threshold
         self._smoothed: dict[float, Votes] = {}
         self._building = threading.Lock()
@@ -164,8 +172,9 @@ class Detector:
         """
         start = time.perf_counter()
         noise_seed = self._draw_seed(seed)
+        inspect = self._inspect if self._model.tiling is None else self._inspect_tiles
         try:
-            return self._inspect(frame, maps, noise_seed, start)
+            return inspect(frame, maps, noise_seed, start)
         except MemoryError as error:
             raise InferenceError("out of memory") from error
 
@@ -189,6 +198,49 @@ class Detector:
             if prepared is not None:  # else the frame is the network's image
                 anomaly_map = images.map_to_frame(anomaly_map, prepared)
                 mask = images.mask_to_frame(mask, prepared)
+        return self._judged(score, threshold, anomaly_map, mask, {"prepare": prepare, **result.timings}, start)
+
+    def _inspect_tiles(self, frame: object, maps: bool, seed: int, start: float) -> Inspection:
+        config, tiling = self._model.config.image, self._model.tiling
+        if tiling is None:
+            raise ConfigError(expected("model", "one with tiling", tiling))
+        whole = images.prepare_whole(self._on_host(frame, gpu_frames.find(frame)), config)
+        if tiling.frame is not None and whole.shape[:2] != tiling.frame:
+            raise ImageError(expected("frame", f"one of the size that the model was made for, {tiling.frame}", whole.shape[:2]))
+        timings = {"prepare": _ms(start)}
+        threshold = self._threshold  # read once: another thread may set it
+        size = (config.height, config.width)
+
+        def run(tile: NDArray[np.uint8], index: int) -> NDArray[np.float32]:
+            result = self._backend.score(tile[None], seed=tiles.tile_seed(seed, index), want_maps=True)
+            _checked_score(result, size, want_maps=True)
+            if result.maps is None:
+                raise InferenceError(expected("maps", f"a float32 array {(1, *size)}", None))
+            for name, value in result.timings.items():
+                timings[name] = timings.get(name, 0.0) + value
+            values: NDArray[np.float32] = result.maps[0]
+            return values
+
+        anomaly_map = tiles.blend(whole, size, tiling.overlap, run)
+        if self._by_position:
+            anomaly_map -= self._model.mu
+            np.abs(anomaly_map, out=anomaly_map)
+            anomaly_map *= self._model.inverse_spread
+        score = float(anomaly_map.max())
+        if not math.isfinite(score):
+            raise InferenceError(expected("score", "a finite number", score))
+        mask = anomaly_map > _float32_below(threshold) if maps else None
+        return self._judged(score, threshold, anomaly_map if maps else None, mask, timings, start)
+
+    def _judged(
+        self,
+        score: float,
+        threshold: float,
+        anomaly_map: NDArray[np.float32] | None,
+        mask: NDArray[np.bool_] | None,
+        timings: Mapping[str, float],
+        start: float,
+    ) -> Inspection:
         return Inspection(
             outcome=Outcome.DEFECT if score > threshold else Outcome.OK,
             score=score,
@@ -197,7 +249,7 @@ class Detector:
             anomaly_map=anomaly_map,
             mask=mask,
             backend=self.backend,
-            timings=MappingProxyType({"prepare": prepare, **result.timings, "total": _ms(start)}),
+            timings=MappingProxyType({**timings, "total": _ms(start)}),
         )
 
     def inspect_batch(self, frames: Iterable[object], *, maps: bool = True, seed: int | None = None) -> list[Inspection]:
@@ -304,7 +356,10 @@ class Detector:
 
     def _prepared(self, frame: object, on_gpu: gpu_frames.GpuFrame | None) -> images.Prepared:
         """On the host; a frame on a GPU is copied there."""
-        return images.prepare(frame if on_gpu is None else self._backend.download(on_gpu), self._model.config.image)
+        return images.prepare(self._on_host(frame, on_gpu), self._model.config.image)
+
+    def _on_host(self, frame: object, on_gpu: gpu_frames.GpuFrame | None) -> object:
+        return frame if on_gpu is None else self._backend.download(on_gpu)
 
     @property
     def _pixels(self) -> int:
@@ -313,6 +368,8 @@ class Detector:
 
     def _smoothing(self, radius: float | None, sigma: float | None, alpha: float, max_votes: int) -> Smoothing:
         model = self._model
+        if model.tiling is not None:
+            raise ConfigError("certify: expected a model that inspects whole frames, got one that inspects tiles")
         if not model.smoothing:
             raise ConfigError("certify: expected a model that has a sigma to certify at; `advrad-fast certify --fit` adds one")
         if sigma is not None:

@@ -162,10 +162,8 @@ def prepare(frame: object, config: ImageConfig) -> Prepared:
     """
     from PIL import Image
 
-    pixels = check_frame(frame)
+    pixels = _channels_to_keep(check_frame(frame), config)
     shape = (pixels.shape[0], pixels.shape[1])
-    if config.channels == 1 and pixels.shape[2] == 3:
-        pixels = _grey(pixels)[:, :, None]
     affine = None
     if config.pose is not None:
         pixels, affine = pose.align(pixels, config.pose, config.height, config.width)
@@ -174,11 +172,31 @@ def prepare(frame: object, config: ImageConfig) -> Prepared:
         # With reducing_gap a large frame is first box-reduced to three times the size: no visible change, much faster.
         resized = image.resize((config.width, config.height), Image.Resampling.BICUBIC, reducing_gap=3.0)
         pixels = np.array(resized, dtype=np.uint8).reshape(config.height, config.width, -1)
+    return Prepared(_finish(pixels, config), shape, affine)
+
+
+def prepare_whole(frame: object, config: ImageConfig) -> NDArray[np.uint8]:
+    """A frame that is inspected in tiles: channels and brightness as :func:`prepare` makes them, its own size.
+
+    Returns:
+        uint8 (H, W, ``config.channels``), C-contiguous; may share memory with ``frame``.
+
+    Raises:
+        ImageError: the frame breaks the contract.
+    """
+    return _finish(_channels_to_keep(check_frame(frame), config), config)
+
+
+def _channels_to_keep(pixels: NDArray[np.uint8], config: ImageConfig) -> NDArray[np.uint8]:
+    return _grey(pixels)[:, :, None] if config.channels == 1 and pixels.shape[2] == 3 else pixels
+
+
+def _finish(pixels: NDArray[np.uint8], config: ImageConfig) -> NDArray[np.uint8]:
     if config.brightness is not None:
         pixels = _normalise(pixels, config.brightness)
     if config.channels == 3 and pixels.shape[2] == 1:
         pixels = pixels.repeat(3, axis=2)
-    return Prepared(pixels, shape, affine)
+    return pixels
 
 
 def is_prepared(shape: tuple[int, ...], config: ImageConfig) -> bool:

@@ -50,9 +50,21 @@ from advrad_fast.model import ModelFile
 
 
 def prepared_model(model: ModelFile) -> ModelFile:
-    """The model for images that are prepared already: neither aligned nor brightened again."""
+    """The model for images that are prepared already: neither aligned nor brightened again.
+
+    Raises:
+        ConfigError: the model inspects tiles, which the attacks do not know.
+    """
+    _check_whole(model)
     image = dataclasses.replace(model.config.image, pose=None, brightness=None)
     return dataclasses.replace(model, config=dataclasses.replace(model.config, image=image))
+
+
+def _check_whole(model: ModelFile) -> None:
+    if model.tiling is not None:
+        raise ConfigError(
+            "model: expected one that inspects whole images, which attacks are made for, got one that inspects tiles"
+        )
 
 
 def evaluate_robust(
@@ -91,6 +103,7 @@ def evaluate_robust(
         DatasetError: the test set has no good or no bad images.
     """
     start = time.perf_counter()
+    _check_whole(detector.model)
     model, name = detector.model, name or detector.model.fingerprint[:12]
     if make is None and (ray is not None or changes(model)):
         raise ConfigError("make: expected a function, as this model aligns or brightens, or ray is given, got None")
