@@ -51,6 +51,8 @@ HOMES = {
     "genicam": ("line",),
     "paho": ("line",),
     "prometheus_client": ("line",),
+    "starlette": ("line.watch",),
+    "uvicorn": ("line.watch",),
 }
 
 # The fused operations under csrc/ and kernels/, and those that are still to come.
