@@ -55,6 +55,7 @@ def train(
     settings: dict[str, object] | None = None,
     note: str | None = None,
     certify: Sequence[float] | None = None,
+    certify_radius: float | None = None,
 ) -> ModelFile | None:
     """Train a detector on a folder of good parts and write its model file.
 
@@ -74,6 +75,8 @@ def train(
         note: stored in the model file (a licence, an origin).
         certify: sigmas to certify at (:mod:`advrad_fast.training.certify`); None for those of
             :data:`advrad_fast.training.certify.SIGMAS` whose timesteps are trained on.
+        certify_radius: set their thresholds so that good parts are certified OK at this radius, at alpha 0.001; None: so that the
+            smoothed detector takes them for good.
 
     Returns:
         the model, or None in the processes of a ``torchrun`` other than the first.
@@ -103,6 +106,9 @@ def train(
     diffusion = DiffusionConfig(draws=draws if draws is not None else 1, timestep=min(100, train_settings.timestep_high))
     config = DetectorConfig(net, diffusion, chosen.score, image)
     sigmas = _sigmas(diffusion, train_settings) if certify is None else certification.check_sigmas(certify, diffusion)
+    if certify_radius is not None:
+        for sigma in sigmas:
+            certification.check_radius(config, sigma, certify_radius)
     split = load_split(paths, image, train_settings.seed)
     _log.info(
         "%d good images: %d to train on, %d to choose settings on, %d to calibrate on; input %d x %d x %d, patch %d%s",
@@ -126,6 +132,7 @@ def train(
         seed=train_settings.seed,
         timesteps=_timesteps(train_settings),
         certify=sigmas,
+        certify_radius=certify_radius,
         provenance={
             "preset": preset_name,
             "settings": str(train_settings.to_json()),
@@ -154,6 +161,7 @@ def fit(
     timesteps: list[int],
     provenance: Mapping[str, Scalar],
     certify: Sequence[float] = (),
+    certify_radius: float | None = None,
     chosen: Callable[[DetectorConfig], DetectorConfig] | None = None,
 ) -> ModelFile:
     """Choose the settings, compute the normal maps and calibrate: from trained weights to a model.
@@ -162,7 +170,7 @@ def fit(
         weights: of a :func:`training_network`.
         half: round the network's weights to fp16.
         timesteps: candidates for k.
-        certify: sigmas to certify at.
+        certify, certify_radius: sigmas to certify at, and the radius that their thresholds are for.
         chosen: instead of the selection: a function from the configuration to the one to use.
     """
     trained = training_network(config.unet)
@@ -209,7 +217,7 @@ def fit(
         threshold=calibrate.conformal_threshold(scores, rate),
         provenance=dict(provenance),
     )
-    return certification.add(model, split, certify, seed=seed)
+    return certification.add(model, split, certify, radius=certify_radius, seed=seed)
 
 
 def _arrays(net: UNet) -> dict[str, NDArray[np.float32]]:
