@@ -150,7 +150,7 @@ def test_a_threshold_for_a_radius(certifiable: ModelFile, tmp_path: Path, monkey
     # With the very noise of the calibration, each is certified OK just where its score says.
     detector = Detector(loaded, threads=1, cache_dir=False)
     for i, image in enumerate(SPLIT.calibration[:4]):
-        seed = fitting.FIT_SEED + certify._RADIUS + i
+        seed = certify._RADIUS + i
         scores = detector.smoothed_scores(image, 256, sigma=0.25, seed=seed)
         least = calibrate_least(scores)
         assert least in smoothing.calibration_scores
@@ -197,3 +197,10 @@ def test_defects_that_noise_does_not_hide_are_certified() -> None:
     good = [detector.certify(disc(rng, 32), 0.1, seed=i, threshold=2 * made.smoothing[0].threshold) for i in range(4)]
     assert [c.outcome for c in bad].count("DEFECT") >= 3  # where the part itself is bright a scratch is nothing to it
     assert [c.outcome for c in good] == ["OK"] * 4
+
+
+def test_the_noise_of_fitting_is_the_plain_stream() -> None:
+    pairs = list(certify._noised(SPLIT.train[:2], CONFIG, 0.25, first_id=7, draws=3))
+    for i, (x, _) in enumerate(pairs):
+        z = certify.smoothing.draw_lattice_noise((3, 32, 32), 0.25, seed=fitting.FIT_SEED, draws=3, image_ids=[7 + i])
+        assert torch.equal(x, certify.smoothing.smoothed(torch.from_numpy(SPLIT.train[i : i + 1]), z))

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from advrad_fast import backends, calibrate, schedule, voting
+from advrad_fast import _native as operations
+from advrad_fast import backends, calibrate, lattice, schedule, voting
 from advrad_fast.certify import least_ok_threshold
 from advrad_fast.config import DetectorConfig, DiffusionConfig, ScoreConfig
 from advrad_fast.errors import ConfigError, expected
@@ -47,8 +48,8 @@ RADIUS_VOTES = 256  #: of every calibration normal, for a threshold at a radius
 
 #: Image ids of the noise: ranges of their own, away from inspection's id 0.
 _TRIAL, _MAPS, _CALIBRATION = 400_000, 500_000, 600_000
-#: The seeds of a radius' draws, from FIT_SEED on.
-_RADIUS = 700_000
+#: Seeds of the votes at a radius, from here on, one an image.
+_RADIUS = 770_000
 
 
 def add(
@@ -158,7 +159,7 @@ def at_radius(
     )
     found = []
     for i, image in enumerate(normals):
-        scores = drawn.scores(np.ascontiguousarray(image), seed=fitting.FIT_SEED + _RADIUS + i, draws=votes)
+        scores = drawn.scores(np.ascontiguousarray(image), seed=_RADIUS + i, draws=votes)
         least = least_ok_threshold(scores, radius, sigma=smoothing.sigma, pixels=pixels, alpha=alpha)
         assert least is not None  # check_radius has seen to that
         found.append(least)
@@ -277,9 +278,12 @@ def _noised(
     """x + delta, and the network's inputs, image by image: float32 (draws, C, H, W) each."""
     timestep = schedule.timestep_for_sigma(config.diffusion, sigma)
     c = diffusion.coefficients_at(config, timestep)
+    table = operations.Lattice(lattice.thresholds(sigma))
     for i, image in enumerate(images):
-        shape = (image.shape[2], *image.shape[:2])
-        z = smoothing.draw_lattice_noise(shape, sigma, seed=fitting.FIT_SEED, draws=draws, image_ids=[first_id + i])
+        # The integers of smoothing.draw_lattice_noise, which take NumPy as long as a colour image takes the network.
+        one = first_id + i
+        rows = [operations.lattice_noise(image.size, table, seed=fitting.FIT_SEED, draw=d, image_id=one) for d in range(draws)]
+        z = torch.from_numpy(np.stack(rows)).reshape(draws, image.shape[2], *image.shape[:2])
         frame = torch.from_numpy(image[None])
         yield smoothing.smoothed(frame, z), smoothing.lattice_inputs(frame, z, c)
 
