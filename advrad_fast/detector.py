@@ -306,31 +306,38 @@ class Detector:
         Raises:
             ImageError: the frame breaks the input contract.
             ConfigError: an argument is out of range, or the model has no such sigma, or none at all.
-            InferenceError: the engine failed or returned something not finite: a fault is no vote.
+            InferenceError: the engine failed, memory ran out, or something not finite came back: a fault is no vote.
             BackendUnavailableError: the network cannot be compiled at this sigma.
         """
-        pixels = self._pixels
         max_votes = voting.check_votes("max_votes", max_votes)
         smoothing = self._smoothing(radius, sigma, alpha, max_votes)
         threshold = smoothing.threshold if threshold is None else _finite("threshold", threshold)
-        test = None if radius is None else DecisionTest(radius, smoothing.sigma, alpha, pixels=pixels)
-        aligned = self._model.config.image.pose is not None
+        test = None if radius is None else DecisionTest(radius, smoothing.sigma, alpha, pixels=self._pixels)
         noise_seed = secrets.randbits(64) if seed is None else philox.check_seed(seed)
-        batches: Iterator[NDArray[np.bool_]] = iter(())
+        try:
+            batches = self._batches(frame, smoothing, noise_seed, threshold, max_votes, on_votes)
+            aligned = self._model.config.image.pose is not None
+            if test is None:
+                return voting.largest_radius(smoothing.sigma, alpha, batches, threshold, pixels=self._pixels, aligned=aligned)
+            return voting.at_radius(test, batches, threshold, aligned=aligned)
+        except MemoryError as error:
+            raise InferenceError("out of memory") from error
+
+    def _batches(
+        self, frame: object, smoothing: Smoothing, seed: int, threshold: float, max_votes: int, on_votes: OnVotes | None
+    ) -> Iterator[NDArray[np.bool_]]:
+        """A frame's votes as they are drawn; none where its part is not found."""
         try:
             image = self._prepared(frame, gpu_frames.find(frame)).image
         except PartNotFoundError as error:
             _log.info("not certified: %s", error)
-        else:
-            votes = self._votes(smoothing)
+            return iter(())
+        votes = self._votes(smoothing)
 
-            def draw(first: int, count: int) -> NDArray[np.float32]:
-                return votes.scores(image, seed=noise_seed, draws=count, first_draw=first)
+        def draw(first: int, count: int) -> NDArray[np.float32]:
+            return votes.scores(image, seed=seed, draws=count, first_draw=first)
 
-            batches = voting.batches(draw, votes.batch, threshold, max_votes, on_votes)
-        if test is None:
-            return voting.largest_radius(smoothing.sigma, alpha, batches, threshold, pixels=pixels, aligned=aligned)
-        return voting.at_radius(test, batches, threshold, aligned=aligned)
+        return voting.batches(draw, votes.batch, threshold, max_votes, on_votes)
 
     def smoothed_scores(
         self, frame: object, draws: int, *, sigma: float | None = None, seed: int | None = None
@@ -350,9 +357,13 @@ class Detector:
             ConfigError, InferenceError, BackendUnavailableError: as :meth:`certify`.
         """
         draws = voting.check_votes("draws", draws)
-        votes = self._votes(self._smoothing(None, sigma, 0.001, draws))
+        smoothing = self._smoothing(None, sigma, 0.001, draws)
         noise_seed = secrets.randbits(64) if seed is None else philox.check_seed(seed)
-        return votes.scores(self._prepared(frame, gpu_frames.find(frame)).image, seed=noise_seed, draws=draws)
+        try:
+            image = self._prepared(frame, gpu_frames.find(frame)).image
+            return self._votes(smoothing).scores(image, seed=noise_seed, draws=draws)
+        except MemoryError as error:
+            raise InferenceError("out of memory") from error
 
     def _prepared(self, frame: object, on_gpu: gpu_frames.GpuFrame | None) -> images.Prepared:
         """On the host; a frame on a GPU is copied there."""

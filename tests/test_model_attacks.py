@@ -163,6 +163,8 @@ WIDE = {"base_channels": 4096, "channel_mult": [1], "norm_groups": 32, "num_res_
         (lambda document: document["smoothing"].reverse(), "smoothing: expected sigmas in rising order"),
         (lambda document: document["smoothing"][1].pop("draws"), r"smoothing\[1\]: missing \['draws'\]"),
         (lambda document: document["smoothing"][1].update(more=1), r"smoothing\[1\]: missing \[\], unknown \['more'\]"),
+        (lambda document: document["smoothing"][1].update(radius=0.1), r"smoothing\[1\]: missing \['alpha'\]"),
+        (lambda document: document["smoothing"][1].update(radius=[], alpha=0.1), r"smoothing\[1\].radius: expected"),
         (lambda document: document["smoothing"][1].update(sigma="1"), r"smoothing\[1\].sigma: expected a sigma within"),
         (lambda document: document["smoothing"][1].update(sigma=1e308), r"smoothing\[1\].sigma: expected a sigma within"),
         (lambda document: document["smoothing"][1].update(draws=2.0), r"smoothing\[1\].draws: expected an odd integer"),

@@ -39,6 +39,11 @@ def add(command: Adder) -> None:
         metavar="SIGMA",
         help="noise levels to certify at (default 0.125 0.25; none: for none)",
     )
+    parser.add_argument(
+        "--radius",
+        type=float,
+        help="certify good parts OK at this l2 radius, but for the false-alarm rate (default: only take them for good)",
+    )
     parser.add_argument("--note", help="a line to keep in the model file: a licence, an origin")
     parser.set_defaults(verbose=True)
 
@@ -74,6 +79,7 @@ def _train(options: argparse.Namespace) -> int:
         tile=options.tile,
         overlap=options.overlap,
         fixed=options.fixed,
+        certify_radius=options.radius,
     )
     if model is not None:
         say(f"wrote {options.out}: threshold {model.threshold:.6g} for a false-alarm rate of {model.false_alarm_rate:.3g}")

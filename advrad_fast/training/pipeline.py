@@ -59,6 +59,7 @@ def train(
     tile: int | None = None,
     overlap: int | None = None,
     fixed: bool = False,
+    certify_radius: float | None = None,
 ) -> ModelFile | None:
     """Train a detector on a folder of good parts and write its model file.
 
@@ -81,6 +82,8 @@ def train(
         tile: train on square tiles of this side, cut from the images at their own resolution, and make a model that inspects
             whole frames in such tiles; ``size`` and ``align`` do not count then.
         overlap, fixed: with ``tile``: :class:`advrad_fast.training.tiles.Tiled`.
+        certify_radius: set their thresholds so that good parts are certified OK at this radius, at alpha 0.001; None: so that the
+            smoothed detector takes them for good.
 
     Returns:
         the model, or None in the processes of a ``torchrun`` other than the first.
@@ -125,6 +128,9 @@ def train(
     else:
         sigmas = _sigmas(diffusion, train_settings) if certify is None else certification.check_sigmas(certify, diffusion)
         split = load_split(paths, image, train_settings.seed)
+    if certify_radius is not None:
+        for sigma in sigmas:
+            certification.check_radius(config, sigma, certify_radius)
     _log.info(
         "%d good images: %d%s to train on, %d to choose settings on, %d to calibrate on; input %d x %d x %d, patch %d%s",
         len(paths), len(split.train), "" if tiled is None else " tiles", len(split.selection), len(split.calibration),
@@ -147,6 +153,7 @@ def train(
         seed=train_settings.seed,
         timesteps=_timesteps(train_settings),
         certify=sigmas,
+        certify_radius=certify_radius,
         provenance={
             "preset": preset_name,
             "settings": str(train_settings.to_json()),
@@ -177,6 +184,7 @@ def fit(
     timesteps: list[int],
     provenance: Mapping[str, Scalar],
     certify: Sequence[float] = (),
+    certify_radius: float | None = None,
     chosen: Callable[[DetectorConfig], DetectorConfig] | None = None,
 ) -> ModelFile:
     """Choose the settings, compute the normal maps and calibrate: from trained weights to a model.
@@ -185,7 +193,7 @@ def fit(
         weights: of a :func:`training_network`.
         half: round the network's weights to fp16.
         timesteps: candidates for k.
-        certify: sigmas to certify at.
+        certify, certify_radius: sigmas to certify at, and the radius that their thresholds are for.
         chosen: instead of the selection: a function from the configuration to the one to use.
     """
     trained = training_network(config.unet)
@@ -232,7 +240,7 @@ def fit(
         threshold=calibrate.conformal_threshold(scores, rate),
         provenance=dict(provenance),
     )
-    return certification.add(model, split, certify, seed=seed)
+    return certification.add(model, split, certify, radius=certify_radius, seed=seed)
 
 
 def _arrays(net: UNet) -> dict[str, NDArray[np.float32]]:
