@@ -10,7 +10,8 @@ Layout in the model file, for the i-th sigma:
 - ``smoothing.<i>.mu`` and, if ``score.spread``, ``smoothing.<i>.spread``: float32 (H, W);
 - ``smoothing.<i>.calibration_scores``: float64 or float32 (n,), sorted;
 - ``smoothing.<i>.affine``, if ``config.unet.norm_groups`` is 0: float32 (2, channels of all :func:`folded`);
-- in the document's list ``smoothing``: ``{"sigma", "score", "draws", "false_alarm_rate", "threshold"}``.
+- in the document's list ``smoothing``: ``{"sigma", "score", "draws", "false_alarm_rate", "threshold"}``, and ``"radius"`` and
+  ``"alpha"`` where the threshold is for a radius.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 
 from advrad_fast import schedule
 from advrad_fast.calibrate import conformal_threshold
+from advrad_fast.certify import vote_probability
 from advrad_fast.config import DetectorConfig, ScoreConfig, UNetConfig
 from advrad_fast.errors import ConfigError
 from advrad_fast.graph import expected_tensors
@@ -47,6 +49,7 @@ from advrad_fast.untrusted import (
 MAX_DRAWS = 1 << 16  #: most draws that a median is taken of
 
 _FIELDS = ("sigma", "score", "draws", "false_alarm_rate", "threshold")
+_AT_RADIUS = ("radius", "alpha")
 
 Weights = Mapping[str, NDArray[np.float32]]
 
@@ -67,17 +70,24 @@ class Smoothing:
     threshold.  So the threshold is conformal (:mod:`advrad_fast.calibrate`) over the medians of ``draws`` draws of held-out
     normals.  What it promises is about such a median of a new normal; the true median differs by what ``draws`` draws leave.
 
+    A normal whose median is just below that threshold is certified at no radius.  Where normals are to be *certified* OK at a
+    radius, each calibration score is the least threshold at which a normal is
+    (:func:`advrad_fast.certify.least_ok_threshold` of its ``draws`` draws), and the threshold is conformal over those: of new
+    normals at most ``false_alarm_rate`` are not certified OK at ``radius`` and ``alpha`` with ``draws`` votes or more.
+
     Attributes:
         sigma: of delta, in [0, 1] pixel units.
         score: how the error between x + delta and its reconstruction becomes A.
         mu: float32 (H, W), over normals under this noise.
         spread: float32 (H, W), above 0; None iff not ``score.spread``.
-        calibration_scores: float64 (n,), n >= 1, rising: the medians.
-        draws: odd, how many draws a median is of.
+        calibration_scores: float64 (n,), n >= 1, rising: the medians, or the least thresholds.
+        draws: how many draws each is of; odd for medians.
         false_alarm_rate: in (0, 1), the target that ``threshold`` stands for.
         threshold: a vote is DEFECT where A is above it.
         affine: float32 (2, channels): a factor for the weights and the bias of every output channel of :func:`folded`; None
             where no statistics are folded.
+        radius: l2, in [0, 1] pixel units, at which normals are to be certified OK; 0 for medians.
+        alpha: of those certificates; 0 for medians.
     """
 
     sigma: float
@@ -89,6 +99,8 @@ class Smoothing:
     false_alarm_rate: float
     threshold: float
     affine: NDArray[np.float32] | None = None
+    radius: float = 0.0
+    alpha: float = 0.0
 
     @cached_property
     def inverse_spread(self) -> NDArray[np.float32]:
@@ -134,8 +146,18 @@ class Smoothing:
         score = _score(f"{name}.score", parse(f"{name}.score", dump(self.score.to_json()).encode()))
         size = (config.image.height, config.image.width)
         draws = self.draws
-        if isinstance(draws, bool) or not isinstance(draws, int) or not 1 <= draws <= MAX_DRAWS or draws % 2 == 0:
-            refuse(f"{name}.draws", f"an odd integer in [1, {MAX_DRAWS}]", draws)
+        sigma = _sigma(f"{name}.sigma", self.sigma, config)
+        radius, alpha = number(f"{name}.radius", self.radius), number(f"{name}.alpha", self.alpha)
+        if radius or alpha:
+            try:
+                vote_probability(radius, sigma, pixels=size[0] * size[1] * config.image.channels)
+            except ConfigError as error:
+                refuse(f"{name}.radius", f"one that can be certified at sigma {sigma:g}", clip(str(error)))
+            if radius == 0.0:
+                refuse(f"{name}.radius", "above 0, as there is an alpha", radius)
+            share(f"{name}.alpha", alpha)
+        if isinstance(draws, bool) or not isinstance(draws, int) or not 1 <= draws <= MAX_DRAWS or not (draws % 2 or radius):
+            refuse(f"{name}.draws", f"an {'' if radius else 'odd '}integer in [1, {MAX_DRAWS}]", draws)
         channels = sum(folded(config.unet).values())
         affine = self.affine
         if channels:
@@ -147,7 +169,7 @@ class Smoothing:
         elif affine is not None:
             refuse(f"{name}.affine", "None, as the network has a normalisation of its own", "an array")
         return Smoothing(
-            sigma=_sigma(f"{name}.sigma", self.sigma, config),
+            sigma=sigma,
             score=score,
             mu=float32(f"{name}.mu", self.mu, size),
             spread=spread_map(f"{name}.spread", self.spread, size, used=score.spread),
@@ -156,6 +178,8 @@ class Smoothing:
             false_alarm_rate=share(f"{name}.false_alarm_rate", self.false_alarm_rate),
             threshold=number(f"{name}.threshold", self.threshold),
             affine=affine,
+            radius=radius,
+            alpha=alpha,
         )
 
     def document(self) -> dict[str, Any]:
@@ -166,6 +190,7 @@ class Smoothing:
             "draws": self.draws,
             "false_alarm_rate": self.false_alarm_rate,
             "threshold": self.threshold,
+            **({"radius": self.radius, "alpha": self.alpha} if self.radius else {}),
         }
 
     def tensors(self, index: int) -> dict[str, NDArray[Any]]:
@@ -196,6 +221,8 @@ class Outline:
             false_alarm_rate=self.entry["false_alarm_rate"],
             threshold=self.entry["threshold"],
             affine=tensors.get(f"{prefix}affine"),
+            radius=self.entry.get("radius", 0.0),
+            alpha=self.entry.get("alpha", 0.0),
         )
 
 
@@ -208,7 +235,7 @@ def outline(index: int, entry: object, config: DetectorConfig) -> Outline:
     name = f"smoothing[{index}]"
     if not isinstance(entry, dict):
         refuse(name, "an object", entry)
-    same_names(name, _FIELDS, entry)
+    same_names(name, (*_FIELDS, *_AT_RADIUS) if "radius" in entry else _FIELDS, entry)
     score = _score(f"{name}.score", entry["score"])
     prefix, size = _prefix(index), (config.image.height, config.image.width)
     shapes: dict[str, tuple[int, ...] | None] = {f"{prefix}mu": size, f"{prefix}calibration_scores": None}

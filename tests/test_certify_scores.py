@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from advrad_fast import certify
+from advrad_fast.calibrate import conformal_threshold
 from advrad_fast.errors import ConfigError, InferenceError
 from advrad_fast.evaluation.metrics import auroc
 
@@ -40,6 +41,44 @@ def test_ranks_by_hand() -> None:
     assert (lower, upper) == (1.0, 8.0)  # the 9th largest and the 9th smallest
     lower, upper = certify.certified_scores(np.zeros((3, 4)), 0.0, sigma=0.25, pixels=1, alpha=0.05)
     assert lower.tolist() == [-np.inf] * 3 and upper.tolist() == [np.inf] * 3
+
+
+@given(seed=st.integers(0, 2**32), draws=st.integers(1, 90), ratio=st.sampled_from([0.4, 0.8, 1.2]), ties=st.booleans())
+def test_the_least_threshold_is_where_the_anytime_test_begins_to_say_ok(seed: int, draws: int, ratio: float, ties: bool) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 6, draws).astype(np.float64) if ties else rng.standard_normal(draws)
+
+    def outcome(threshold: float) -> str | None:
+        return certify.DecisionTest(ratio * 0.25, 0.25, 0.01, pixels=3).update(scores > threshold)
+
+    least = certify.least_ok_threshold(scores, ratio * 0.25, sigma=0.25, pixels=3, alpha=0.01)
+    if least is None:
+        assert outcome(np.inf) != "OK"
+    else:
+        assert least in scores and all(outcome(t) == "OK" for t in (least, *scores[scores > least], np.inf))
+        assert outcome(np.nextafter(least, -np.inf)) != "OK"
+
+
+def test_new_normals_are_certified_at_the_conformal_threshold() -> None:
+    """500 lines: 19 normals and a new one each, of levels and draws of their own; at most 10 in 100 are not certified OK."""
+    rng, missed = np.random.default_rng(5), 0
+    for _ in range(500):
+        scores = rng.standard_normal((20, 40)) + rng.standard_exponential((20, 1))
+        found = [certify.least_ok_threshold(row, 0.1, sigma=0.25, pixels=3) for row in scores]
+        threshold = conformal_threshold(np.sort(np.array(found[1:], dtype=np.float64)), 0.1)
+        test = certify.DecisionTest(0.1, 0.25, pixels=3)
+        missed += test.update(scores[0] > threshold) != "OK"
+        assert (found[0] > threshold) == (test.outcome != "OK")  # type: ignore[operator]
+    assert 0.05 < missed / 500 < 0.1 + 4 * np.sqrt(0.1 * 0.9 / 500)
+
+
+def test_least_thresholds_that_are_refused() -> None:
+    with pytest.raises(ConfigError, match="scores"):
+        certify.least_ok_threshold(np.zeros((2, 3)), 0.1, sigma=0.25, pixels=3)
+    with pytest.raises(ConfigError, match="radius"):
+        certify.least_ok_threshold(np.zeros(3), -0.1, sigma=0.25, pixels=3)
+    with pytest.raises(InferenceError, match="finite"):
+        certify.least_ok_threshold([0.0, np.nan], 0.1, sigma=0.25, pixels=3)
 
 
 def draws_of(kind: str, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

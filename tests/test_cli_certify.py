@@ -125,6 +125,7 @@ def test_progress_is_for_terminals(model: Path, images: Path, capsys: Capture, m
         (("{images}", "--fit", "{images}", "--sigma", "0.25", "--out", "x"), "--fit: expected"),
         (("--fit", "{images}", "--out", "x"), "--fit: expected"),
         (("--fit", "{images}", "--sigma", "0.25"), "--fit: expected"),
+        (("--fit", "{images}", "--sigma", "0.25", "--radius", "9", "--out", "x"), "good images: expected at least 10"),
         (("--fit", "{images}", "--sigma", "9", "--out", "x"), "good images: expected at least 10"),
     ],
 )
@@ -154,5 +155,11 @@ def test_fit_then_certify(tmp_path: Path, capsys: Capture) -> None:
     assert out.stat().st_size < plain.stat().st_size + 60_000  # the weights stay in half precision
     assert certify(out, data / "test", "--radius", 0.1, "--max-votes", 50, "--json", "-") in (0, 1)
     assert [row["sigma"] for row in rows(capsys.readouterr().out)] == [0.25, 0.25]
+    again = tmp_path / "again"
+    assert run("certify", out, "--fit", data, "--sigma", 0.25, "--radius", 0.1, "--alpha", 0.01, "--out", again) == 0
+    assert "certified at radius 0.1" in capsys.readouterr().err
+    (fitted,), (at_radius,) = after.smoothing, ModelFile.load(again).smoothing
+    assert (at_radius.radius, at_radius.alpha) == (0.1, 0.01) and at_radius.threshold > fitted.threshold
+    assert np.array_equal(fitted.mu, at_radius.mu)
     assert run("certify", plain, "--fit", data / "train", "--sigma", 0.25, "--out", out, "--seed", 1) == 0
     assert "other images" not in capsys.readouterr().err

@@ -282,6 +282,26 @@ def test_a_fault_is_no_vote() -> None:
             broken.certify(GOOD, 0.1)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_no_memory_is_no_vote(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = make(backend)
+    wanted = detector.certify(GOOD, 0.1, seed=1)
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    for name in ("images.prepare", "Detector._votes"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"advrad_fast.detector.{name}", fail)
+            for call in (lambda: detector.certify(GOOD, 0.1), lambda: detector.smoothed_scores(GOOD, 4)):
+                with pytest.raises(InferenceError, match="out of memory"):
+                    call()
+    with monkeypatch.context() as patch, pytest.raises(InferenceError, match="out of memory"):
+        patch.setattr(type(detector._votes(MODEL.smoothing[0])), "scores", fail)
+        detector.certify(GOOD)
+    assert detector.certify(GOOD, 0.1, seed=1) == wanted
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [

@@ -72,15 +72,18 @@ def test_weights_at_a_sigma_differ_by_a_factor_and_a_bias_a_channel() -> None:
     assert all(weights[name] is array for name, array in same.weights.items())
 
 
-def test_schema_1_is_still_read(tmp_path: Path) -> None:
+def test_schemas_1_and_2_are_still_read(tmp_path: Path) -> None:
     model, path = tiny_model(), tmp_path / "a"
     model.save(path)
     data = path.read_bytes()
     text = data[8 : 8 + int.from_bytes(data[:8], "little")]
-    old = text.replace(rb"\"schema\": 2", rb"\"schema\": 1").replace(rb", \"smoothing\": []", b"")
-    assert len(old) < len(text)
-    path.write_bytes(len(old).to_bytes(8, "little") + old + data[8 + len(text) :])
-    assert_equal(ModelFile.load(path), model)
+    without = text.replace(rb", \"tiling\": null", b"")
+    second = without.replace(rb"\"schema\": 3", rb"\"schema\": 2")
+    first = without.replace(rb"\"schema\": 3", rb"\"schema\": 1").replace(rb", \"smoothing\": []", b"")
+    assert len(first) < len(second) < len(text)
+    for old in (first, second):
+        path.write_bytes(len(old).to_bytes(8, "little") + old + data[8 + len(text) :])
+        assert_equal(ModelFile.load(path), model)
 
 
 def test_half_is_half_the_size_and_never_changes_a_weight(tmp_path: Path) -> None:
@@ -281,6 +284,12 @@ SIZE = (8, 16)
         ({"calibration_scores": np.array([1.0, 0.5])}, r"smoothing\[0\].calibration_scores: .*rising"),
         ({"false_alarm_rate": 1.0}, r"smoothing\[0\].false_alarm_rate: expected a number in \(0, 1\)"),
         ({"threshold": np.nan}, r"smoothing\[0\].threshold"),
+        ({"radius": -0.1}, r"smoothing\[0\].radius: expected one that can be certified at sigma 0.25"),
+        ({"radius": 1e6, "alpha": 0.01}, r"smoothing\[0\].radius: expected one that can be certified"),
+        ({"radius": "0.1"}, r"smoothing\[0\].radius: expected"),
+        ({"radius": 0.1}, r"smoothing\[0\].alpha: expected a number in \(0, 1\)"),
+        ({"alpha": 0.01}, r"smoothing\[0\].radius: expected above 0, as there is an alpha"),
+        ({"radius": 0.1, "alpha": 0.01, "draws": 0}, r"smoothing\[0\].draws: expected an integer"),
         ({"affine": None}, r"smoothing\[0\].affine: expected a float32 array \(2, 20\), got 'NoneType'"),
         ({"affine": np.zeros((2, 19), np.float32)}, r"affine: .*\(2, 20\)"),
         ({"affine": np.full((2, 20), np.inf, np.float32)}, "affine: expected finite"),

@@ -135,9 +135,10 @@ WIDE = {"base_channels": 4096, "channel_mult": [1], "norm_groups": 32, "num_res_
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_nested(schema=3), "schema: expected 1 to 2 .*later.* got 3"),
+        (_nested(schema=4), "schema: expected 1 to 3 .*later.* got 4"),
         (_nested(schema=0), "schema"),
-        (_nested(schema=1), "advrad_fast: missing .*unknown .*'smoothing'"),
+        (_nested(schema=1), "advrad_fast: missing .*unknown .*'smoothing', 'tiling'"),
+        (_nested(schema=2), "advrad_fast: missing .*unknown .*'tiling'"),
         (_nested(schema=True), "schema"),
         (_nested(more=1), "advrad_fast: missing .*unknown .*'more'"),
         (lambda document: document.pop("threshold"), r"advrad_fast: missing \['threshold'\]"),
@@ -162,6 +163,8 @@ WIDE = {"base_channels": 4096, "channel_mult": [1], "norm_groups": 32, "num_res_
         (lambda document: document["smoothing"].reverse(), "smoothing: expected sigmas in rising order"),
         (lambda document: document["smoothing"][1].pop("draws"), r"smoothing\[1\]: missing \['draws'\]"),
         (lambda document: document["smoothing"][1].update(more=1), r"smoothing\[1\]: missing \[\], unknown \['more'\]"),
+        (lambda document: document["smoothing"][1].update(radius=0.1), r"smoothing\[1\]: missing \['alpha'\]"),
+        (lambda document: document["smoothing"][1].update(radius=[], alpha=0.1), r"smoothing\[1\].radius: expected"),
         (lambda document: document["smoothing"][1].update(sigma="1"), r"smoothing\[1\].sigma: expected a sigma within"),
         (lambda document: document["smoothing"][1].update(sigma=1e308), r"smoothing\[1\].sigma: expected a sigma within"),
         (lambda document: document["smoothing"][1].update(draws=2.0), r"smoothing\[1\].draws: expected an odd integer"),

@@ -12,6 +12,7 @@ import torch
 from parts import disc, scratched
 
 from advrad_fast import Detector, ModelFile, calibrate
+from advrad_fast.certify import least_ok_threshold
 from advrad_fast.config import DetectorConfig, DiffusionConfig, ImageConfig, ScoreConfig, UNetConfig
 from advrad_fast.errors import ConfigError
 from advrad_fast.reference.unet import UNet
@@ -134,6 +135,42 @@ def test_adding_to_a_model_replaces_the_same_sigma(certifiable: ModelFile, caplo
     assert certify.add(certifiable, SPLIT, []).sigmas == certifiable.sigmas
 
 
+def test_a_threshold_for_a_radius(certifiable: ModelFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADVRAD_CACHE", str(tmp_path / "cache"))
+    made = certify.add(certifiable, SPLIT, [0.25], radius=0.1, alpha=0.01)
+    plain, other, smoothing = certifiable.smoothing[1], made.smoothing[0], made.smoothing[1]
+    np.testing.assert_array_equal(smoothing.mu, plain.mu)  # not fitted again
+    assert other.document() == certifiable.smoothing[0].document()
+    assert (smoothing.radius, smoothing.alpha, smoothing.draws, smoothing.false_alarm_rate) == (0.1, 0.01, 256, 0.1)
+    assert smoothing.threshold == calibrate.conformal_threshold(smoothing.calibration_scores, 0.1) > plain.threshold
+    made.save(tmp_path / "a")
+    loaded = ModelFile.load(tmp_path / "a")
+    assert loaded.smoothing[1].document() == smoothing.document() and loaded.fingerprint == made.fingerprint
+    assert loaded.with_false_alarm_rate(0.2).smoothing[1].threshold < smoothing.threshold
+    # With the very noise of the calibration, each is certified OK just where its score says.
+    detector = Detector(loaded, threads=1, cache_dir=False)
+    for i, image in enumerate(SPLIT.calibration[:4]):
+        seed = certify._RADIUS + i
+        scores = detector.smoothed_scores(image, 256, sigma=0.25, seed=seed)
+        least = calibrate_least(scores)
+        assert least in smoothing.calibration_scores
+        for threshold, outcome in ((least, "OK"), (float(np.nextafter(least, 0.0)), "ABSTAIN")):
+            options = {"sigma": 0.25, "alpha": 0.01, "seed": seed, "threshold": threshold, "max_votes": 256}
+            assert detector.certify(image, 0.1, **options).outcome == outcome  # type: ignore[arg-type]
+
+
+def calibrate_least(scores: np.ndarray) -> float:
+    least = least_ok_threshold(scores, 0.1, sigma=0.25, pixels=32 * 32 * 3, alpha=0.01)
+    assert least is not None
+    return least
+
+
+@pytest.mark.parametrize("radius", [0.0, -0.1, 2.0, float("nan")])
+def test_radii_that_so_few_votes_cannot_certify(certifiable: ModelFile, radius: float) -> None:
+    with pytest.raises(ConfigError, match="radius: expected"):
+        certify.add(certifiable, SPLIT, [0.125], radius=radius)
+
+
 @pytest.mark.parametrize("sigmas", [[0.0], [3.0], ["0.25"], [True]])
 def test_sigmas_that_are_refused(certifiable: ModelFile, sigmas: list[float]) -> None:
     with pytest.raises(ConfigError, match="sigma: expected"):
@@ -160,3 +197,10 @@ def test_defects_that_noise_does_not_hide_are_certified() -> None:
     good = [detector.certify(disc(rng, 32), 0.1, seed=i, threshold=2 * made.smoothing[0].threshold) for i in range(4)]
     assert [c.outcome for c in bad].count("DEFECT") >= 3  # where the part itself is bright a scratch is nothing to it
     assert [c.outcome for c in good] == ["OK"] * 4
+
+
+def test_the_noise_of_fitting_is_the_plain_stream() -> None:
+    pairs = list(certify._noised(SPLIT.train[:2], CONFIG, 0.25, first_id=7, draws=3))
+    for i, (x, _) in enumerate(pairs):
+        z = certify.smoothing.draw_lattice_noise((3, 32, 32), 0.25, seed=fitting.FIT_SEED, draws=3, image_ids=[7 + i])
+        assert torch.equal(x, certify.smoothing.smoothed(torch.from_numpy(SPLIT.train[i : i + 1]), z))

@@ -17,7 +17,7 @@ draws.  An error of at most ``alpha`` is per claim; :func:`split_alpha` makes cl
 from advrad_fast.certify.betting import Claim, DecisionTest, RadiusSequence, RobustnessTest, anytime_lower_bound
 from advrad_fast.certify.bounds import allowance, lower_bound, radius, split_alpha, upper_bound, vote_probability
 from advrad_fast.certify.certificate import Certificate, fixed_certificate
-from advrad_fast.certify.scores import certified_auroc, certified_rank, certified_scores
+from advrad_fast.certify.scores import certified_auroc, certified_rank, certified_scores, least_ok_threshold
 
 __all__ = [
     "Certificate",
@@ -31,6 +31,7 @@ __all__ = [
     "certified_rank",
     "certified_scores",
     "fixed_certificate",
+    "least_ok_threshold",
     "lower_bound",
     "radius",
     "split_alpha",

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from advrad_fast.certify.betting import DecisionTest
 from advrad_fast.certify.bounds import check_alpha, vote_probability
 from advrad_fast.errors import ConfigError, InferenceError, expected
 
@@ -77,6 +78,35 @@ def certified_scores(
         InferenceError: a score is not finite: a fault is no vote.
     """
     return _scores(_sorted(scores), certified_rank(_draws(scores), radius, sigma, alpha, pixels=pixels))
+
+
+def least_ok_threshold(scores: ArrayLike, radius: float, *, sigma: float, pixels: int, alpha: float = 0.001) -> float | None:
+    """The least threshold from which on :class:`DecisionTest` certifies OK with these draws, in this order.
+
+    As votes are taken to the one that settles it, what later draws may be decides nothing: at that threshold and every one
+    above it, OK stands for any larger number of votes.
+
+    Args:
+        scores: (draws,) of A(x + delta) of one image, finite.
+        radius, sigma, pixels, alpha: as for :class:`DecisionTest`.
+
+    Returns:
+        one of the scores, or None where so few draws certify nothing even if all of them agree.
+
+    Raises:
+        ConfigError: a number is out of range, or ``scores`` are not (draws,).
+        InferenceError: a score is not finite.
+    """
+    ordered = _sorted(scores)
+    if ordered.ndim != 1:
+        raise ConfigError(expected("scores", "(draws,)", ordered.shape))
+    values, least = np.asarray(scores, dtype=np.float64), None
+    for threshold in np.unique(ordered)[::-1].tolist():
+        test = DecisionTest(radius, sigma, alpha, pixels=pixels)
+        if test.update(values > threshold) != "OK":
+            break
+        least = threshold
+    return least
 
 
 def certified_auroc(

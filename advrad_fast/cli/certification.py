@@ -25,7 +25,11 @@ def add(command: Adder) -> None:
     )
     model_options(parser, seed=None, seed_help="of the noise (default: fresh for every image, as a certificate needs it)")
     parser.add_argument("images", nargs="*", help="files, folders (searched recursively) and patterns")
-    parser.add_argument("--radius", type=float, help="l2 over all pixels in [0, 1] (default: the largest that the votes certify)")
+    parser.add_argument(
+        "--radius",
+        type=float,
+        help="l2 over all pixels in [0, 1] (default: the largest that the votes certify); with --fit: to certify good parts at",
+    )
     parser.add_argument("--alpha", type=float, default=0.001, help="error probability of each certificate (default 0.001)")
     parser.add_argument(
         "--sigma", type=float, nargs="+", help="noise level (default: the smallest of the model's that can reach)"
@@ -98,23 +102,26 @@ def _progress(path: Path, max_votes: int) -> Callable[[int, int], None] | None:
 
 
 def _fit(options: argparse.Namespace) -> int:
-    if options.images or options.out is None or not options.sigma or options.radius is not None:
-        raise ConfigError("--fit: expected --sigma SIGMA... and --out FILE, and neither images nor a radius")
+    if options.images or options.out is None or not options.sigma:
+        raise ConfigError("--fit: expected --sigma SIGMA... and --out FILE, and no images")
     from advrad_fast.evaluation.datasets import load_dataset
     from advrad_fast.model import ModelFile
     from advrad_fast.training.certify import add as add_sigmas
     from advrad_fast.training.dataset import load_split
 
     model: Any = ModelFile.load(options.model)
+    if model.tiling is not None:
+        raise ConfigError("--fit: expected a model that inspects whole frames, got one that inspects tiles")
     seed = 0 if options.seed is None else options.seed
     split = load_split(load_dataset(options.fit).train, model.config.image, seed)
     if split.data_hash != model.provenance.get("data_sha256"):
         say(f"{options.fit}: other images than the model was trained on; any of those among them make thresholds too low")
     half = all((array.astype("float16") == array).all() for array in model.weights.values())
-    made = add_sigmas(model, split, options.sigma, seed=seed)
+    made = add_sigmas(model, split, options.sigma, radius=options.radius, alpha=options.alpha, seed=seed)
     made.save(options.out, half=half)
     for smoothing in made.smoothing:
         rate = smoothing.false_alarm_rate
-        say(f"sigma {smoothing.sigma:g}: threshold {smoothing.threshold:.6g} for a false-alarm rate of {rate:.3g}")
+        text = f"sigma {smoothing.sigma:g}: threshold {smoothing.threshold:.6g} for a false-alarm rate of {rate:.3g}"
+        say(text + (f", certified at radius {smoothing.radius:g}" if smoothing.radius else ""))
     say(f"wrote {options.out}")
     return OK

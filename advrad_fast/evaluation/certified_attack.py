@@ -25,7 +25,7 @@ class CertifiedAttack:
     Attributes:
         outcome: the certified decision.
         radius: that was certified, l2 in [0, 1] units.
-        distance: of the attacked uint8 image: below the radius.
+        distance: of the attacked uint8 image: below ``factor`` times the radius.
         share: of fresh votes for DEFECT at the attacked image.
         flipped: the smoothed decision there is another one, with confidence 1 - alpha.
     """
@@ -46,6 +46,7 @@ def attack_certified(
     eot: int = 8,
     votes: int = 1000,
     alpha: float = 0.001,
+    factor: float = 1.0,
     seed: int = 0,
     device: str = "cpu",
 ) -> list[CertifiedAttack]:
@@ -59,25 +60,28 @@ def attack_certified(
         frames: one for each certificate; those that ABSTAIN are left out.
         steps, eot: as :func:`advrad_fast.evaluation.attacks.smoothed.attack_smoothed` has them.
         votes: fresh draws at the attacked image, from the operating system's randomness.
+        factor: of the radius, above 0.  Above 1 the attack goes further than the certificate, which shows what it can flip.
 
     Returns:
         One result for each certificate with a radius above 0 that a uint8 image other than the original lies within.
 
     Raises:
-        ConfigError: the numbers of frames and certificates differ, or the model aligns or brightens.
+        ConfigError: the numbers of frames and certificates differ, the factor is not above 0, or the model aligns or brightens.
     """
     from advrad_fast.evaluation.attacks.pipeline import generator
     from advrad_fast.evaluation.attacks.smoothed import SmoothedPipeline, attack_smoothed
 
     if len(frames) != len(certificates):
         raise ConfigError(expected("certificates", f"{len(frames)}, one a frame", len(certificates)))
+    if not 0.0 < factor < math.inf:
+        raise ConfigError(expected("factor", "a finite number above 0", factor))
     config = detector.model.config.image
     if config.pose is not None or config.brightness is not None:
         raise ConfigError("detector: expected one that neither aligns nor brightens, got one that does; use prepared_model()")
     pipelines: dict[float, SmoothedPipeline] = {}
     results = []
     for index, (frame, certificate) in enumerate(zip(frames, certificates, strict=True)):
-        radius = math.nextafter(certificate.radius, 0.0) * (1.0 - 1e-6)  # the statement is about smaller norms
+        radius = factor * math.nextafter(certificate.radius, 0.0) * (1.0 - 1e-6)  # the statement is about smaller norms
         if certificate.outcome == "ABSTAIN" or radius < 1.0 / 255.0:
             continue
         sigma = certificate.sigma

@@ -16,8 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from advrad_fast import calibrate, schedule
+from advrad_fast import _native as operations
+from advrad_fast import backends, calibrate, lattice, schedule, voting
+from advrad_fast.certify import least_ok_threshold
 from advrad_fast.config import DetectorConfig, DiffusionConfig, ScoreConfig
+from advrad_fast.errors import ConfigError, expected
 from advrad_fast.evaluation.metrics import auroc
 from advrad_fast.lattice import check_sigma
 from advrad_fast.model import ModelFile
@@ -41,28 +44,44 @@ ALONE: tuple[fitting.Weights, ...] = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0)
 DRAWS = 21  # of which a calibration normal's median is
 MAP_DRAWS = 200  # noised normals that mu and the spread are made of, at least
 TRIAL_DRAWS = 6  # of every image that the score is chosen on
+RADIUS_VOTES = 256  #: of every calibration normal, for a threshold at a radius
 
 #: Image ids of the noise: ranges of their own, away from inspection's id 0.
 _TRIAL, _MAPS, _CALIBRATION = 400_000, 500_000, 600_000
+#: Seeds of the votes at a radius, from here on, one an image.
+_RADIUS = 770_000
 
 
 def add(
-    model: ModelFile, split: Split, sigmas: Sequence[float] = SIGMAS, *, false_alarm_rate: float | None = None, seed: int = 0
+    model: ModelFile,
+    split: Split,
+    sigmas: Sequence[float] = SIGMAS,
+    *,
+    radius: float | None = None,
+    alpha: float = 0.001,
+    false_alarm_rate: float | None = None,
+    seed: int = 0,
 ) -> ModelFile:
     """The model with what it takes to certify at each of ``sigmas``; what it had at the same sigma is replaced.
 
-    The threshold is conformal over the calibration normals' medians: :class:`advrad_fast.smoothing.Smoothing` says what that
-    promises.
+    The threshold is conformal over the calibration normals' medians, or over the least thresholds at which they are certified
+    OK at ``radius``: :class:`advrad_fast.smoothing.Smoothing` says what that promises.  With a radius a sigma that the model has
+    already keeps its score and maps; only its threshold is set anew (:func:`at_radius`).
 
     Args:
         split: normals as for :func:`advrad_fast.training.pipeline.fit`; the calibration ones must not have been trained on.
+        radius: l2 in [0, 1] pixel units; None for thresholds over medians.
+        alpha: of the certificates at ``radius``.
         false_alarm_rate: target of the thresholds; None for the model's.  Raised where there are too few calibration normals.
         seed: of the synthetic defects.
 
     Raises:
-        ConfigError: a sigma is out of range.
+        ConfigError: a sigma is out of range, or :data:`RADIUS_VOTES` votes cannot certify the radius at it.
     """
     sigmas = check_sigmas(sigmas, model.config.diffusion)
+    if radius is not None:
+        for sigma in sigmas:  # what would fail at the end fails now
+            check_radius(model.config, sigma, radius, alpha)
     rate = model.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
     attainable = calibrate.attainable_rate(len(split.calibration))
     if rate < attainable:
@@ -72,7 +91,10 @@ def add(
         rate = attainable
     made = {one.sigma: one for one in model.smoothing}
     for sigma in sigmas:
-        made[sigma] = fit(model, split, sigma, false_alarm_rate=rate, seed=seed)
+        if radius is None or sigma not in made:
+            made[sigma] = fit(model, split, sigma, false_alarm_rate=rate, seed=seed)
+        if radius is not None:
+            made[sigma] = at_radius(model, made[sigma], split.calibration, radius, alpha=alpha, false_alarm_rate=rate)
     return dataclasses.replace(model, smoothing=tuple(made[sigma] for sigma in sorted(made)))
 
 
@@ -101,6 +123,65 @@ def fit(model: ModelFile, split: Split, sigma: float, *, false_alarm_rate: float
         calibration_scores=medians,
         threshold=calibrate.conformal_threshold(medians, false_alarm_rate),
     )
+
+
+def at_radius(
+    model: ModelFile,
+    smoothing: Smoothing,
+    normals: NDArray[np.uint8],
+    radius: float,
+    *,
+    alpha: float = 0.001,
+    false_alarm_rate: float,
+    votes: int = RADIUS_VOTES,
+    backend: str = "auto",
+) -> Smoothing:
+    """The same, with the threshold at which a new normal is certified OK at ``radius`` but for the false-alarm rate.
+
+    Args:
+        normals: uint8 (N, H, W, C), prepared, neither trained on nor chosen by.
+        radius, alpha: of the certificates, as :meth:`advrad_fast.Detector.certify` will be asked for.
+        votes: of each normal.  The promise is for certificates that may take as many, or more.
+        backend: that draws them: the one that will certify.
+
+    Raises:
+        ConfigError: so many votes cannot certify the radius, or a number is out of range.
+        CalibrationError: too few normals for the rate.
+    """
+    config, pixels = smoothing.config(model.config), check_radius(model.config, smoothing.sigma, radius, alpha, votes)
+    engine = backends.create(backend, model.config, model.weights, model.mu, model.inverse_spread)
+    drawn = engine.votes(
+        config,
+        smoothing.weights(model.config.unet, model.weights),
+        smoothing.mu,
+        smoothing.inverse_spread,
+        sigma=smoothing.sigma,
+    )
+    found = []
+    for i, image in enumerate(normals):
+        scores = drawn.scores(np.ascontiguousarray(image), seed=_RADIUS + i, draws=votes)
+        least = least_ok_threshold(scores, radius, sigma=smoothing.sigma, pixels=pixels, alpha=alpha)
+        assert least is not None  # check_radius has seen to that
+        found.append(least)
+    least_thresholds = np.sort(found)
+    return dataclasses.replace(
+        smoothing,
+        calibration_scores=least_thresholds,
+        draws=votes,
+        false_alarm_rate=false_alarm_rate,
+        threshold=calibrate.conformal_threshold(least_thresholds, false_alarm_rate),
+        radius=float(radius),
+        alpha=float(alpha),
+    )
+
+
+def check_radius(config: DetectorConfig, sigma: float, radius: float, alpha: float = 0.001, votes: int = RADIUS_VOTES) -> int:
+    """The noised values an image has, where ``votes`` that all agree certify ``radius``, above 0; or a ConfigError."""
+    size = config.image
+    pixels = size.height * size.width * size.channels
+    if voting.least_votes(radius, sigma, alpha, pixels=pixels, max_votes=votes) is None or not radius > 0.0:
+        raise ConfigError(expected("radius", f"one above 0 that {votes} votes can certify at sigma {sigma:g}", radius))
+    return pixels
 
 
 def refold(model: ModelFile, normals: NDArray[np.uint8], sigma: float) -> NDArray[np.float32] | None:
@@ -197,9 +278,12 @@ def _noised(
     """x + delta, and the network's inputs, image by image: float32 (draws, C, H, W) each."""
     timestep = schedule.timestep_for_sigma(config.diffusion, sigma)
     c = diffusion.coefficients_at(config, timestep)
+    table = operations.Lattice(lattice.thresholds(sigma))
     for i, image in enumerate(images):
-        shape = (image.shape[2], *image.shape[:2])
-        z = smoothing.draw_lattice_noise(shape, sigma, seed=fitting.FIT_SEED, draws=draws, image_ids=[first_id + i])
+        # The integers of smoothing.draw_lattice_noise, which take NumPy as long as a colour image takes the network.
+        one = first_id + i
+        rows = [operations.lattice_noise(image.size, table, seed=fitting.FIT_SEED, draw=d, image_id=one) for d in range(draws)]
+        z = torch.from_numpy(np.stack(rows)).reshape(draws, image.shape[2], *image.shape[:2])
         frame = torch.from_numpy(image[None])
         yield smoothing.smoothed(frame, z), smoothing.lattice_inputs(frame, z, c)
 

@@ -16,15 +16,16 @@ from torch import Tensor
 
 from advrad_fast import calibrate, schedule
 from advrad_fast.config import DetectorConfig, DiffusionConfig, ImageConfig, UNetConfig
-from advrad_fast.errors import TrainingError
+from advrad_fast.errors import ConfigError, TrainingError, expected
 from advrad_fast.evaluation.datasets import Dataset, load_dataset
 from advrad_fast.model import ModelFile, Scalar, round_to_half
 from advrad_fast.reference.unet import UNet
 from advrad_fast.training import certify as certification
-from advrad_fast.training import fitting
+from advrad_fast.training import fitting, tiles
 from advrad_fast.training.batchnorm import training_network
 from advrad_fast.training.dataset import Align, Split, image_config, load_samples, load_split
 from advrad_fast.training.settings import Preset, TrainSettings, preset, replace
+from advrad_fast.training.tiles import Tiled, load_tiles
 from advrad_fast.training.trainer import Trainer, distributed
 
 _log = logging.getLogger(__name__)
@@ -55,6 +56,10 @@ def train(
     settings: dict[str, object] | None = None,
     note: str | None = None,
     certify: Sequence[float] | None = None,
+    tile: int | None = None,
+    overlap: int | None = None,
+    fixed: bool = False,
+    certify_radius: float | None = None,
 ) -> ModelFile | None:
     """Train a detector on a folder of good parts and write its model file.
 
@@ -73,7 +78,12 @@ def train(
         settings: changes to the preset's :class:`TrainSettings`.
         note: stored in the model file (a licence, an origin).
         certify: sigmas to certify at (:mod:`advrad_fast.training.certify`); None for those of
-            :data:`advrad_fast.training.certify.SIGMAS` whose timesteps are trained on.
+            :data:`advrad_fast.training.certify.SIGMAS` whose timesteps are trained on; none with ``tile``.
+        tile: train on square tiles of this side, cut from the images at their own resolution, and make a model that inspects
+            whole frames in such tiles; ``size`` and ``align`` do not count then.
+        overlap, fixed: with ``tile``: :class:`advrad_fast.training.tiles.Tiled`.
+        certify_radius: set their thresholds so that good parts are certified OK at this radius, at alpha 0.001; None: so that the
+            smoothed detector takes them for good.
 
     Returns:
         the model, or None in the processes of a ``torchrun`` other than the first.
@@ -90,9 +100,17 @@ def train(
     calibrate.normals_needed(false_alarm_rate)
     rank, world_size = distributed()
     paths = (data if isinstance(data, Dataset) else load_dataset(data)).train
-    samples = load_samples(paths)
+    tiled = None if tile is None else Tiled(tile, overlap, fixed)
+    if tiled is None and (overlap is not None or fixed):
+        raise ConfigError(expected("tile", "a tile's side, as overlap or fixed is given", tile))
+    if tiled is not None and (certify or align == "on"):
+        raise ConfigError(expected("tile", "None, as a model of tiles neither certifies nor aligns", tile))
+    samples = load_samples(paths) if tiled is None else load_samples(paths, 8)  # large ones
     net = _network(chosen, samples, {"prediction": prediction, "patch": patch, **(unet or {})}, grey=grey)
-    image = image_config(samples, net, size=size, align=align, brightness=brightness)
+    if tiled is None:
+        image = image_config(samples, net, size=size, align=align, brightness=brightness)
+    else:
+        image = tiled.image_config(net, brightness)
     if (
         preset_name == "fast"
         and patch is None
@@ -102,11 +120,20 @@ def train(
         net = dataclasses.replace(net, patch=2)
     diffusion = DiffusionConfig(draws=draws if draws is not None else 1, timestep=min(100, train_settings.timestep_high))
     config = DetectorConfig(net, diffusion, chosen.score, image)
-    sigmas = _sigmas(diffusion, train_settings) if certify is None else certification.check_sigmas(certify, diffusion)
-    split = load_split(paths, image, train_settings.seed)
+    sigmas: tuple[float, ...] = ()
+    frames = None
+    if tiled is not None:
+        frames = load_tiles(paths, image, train_settings.seed, fixed=tiled.fixed)
+        split = frames.tiles
+    else:
+        sigmas = _sigmas(diffusion, train_settings) if certify is None else certification.check_sigmas(certify, diffusion)
+        split = load_split(paths, image, train_settings.seed)
+    if certify_radius is not None:
+        for sigma in sigmas:
+            certification.check_radius(config, sigma, certify_radius)
     _log.info(
-        "%d good images: %d to train on, %d to choose settings on, %d to calibrate on; input %d x %d x %d, patch %d%s",
-        len(paths), len(split.train), len(split.selection), len(split.calibration),
+        "%d good images: %d%s to train on, %d to choose settings on, %d to calibrate on; input %d x %d x %d, patch %d%s",
+        len(paths), len(split.train), "" if tiled is None else " tiles", len(split.selection), len(split.calibration),
         image.height, image.width, image.channels, net.patch, ", aligned" if image.pose else "",
     )  # fmt: skip
 
@@ -119,13 +146,14 @@ def train(
         return None
     model = fit(
         weights,
-        split,
+        split if frames is None else frames.fitted(),
         config,
         false_alarm_rate=false_alarm_rate,
         half=half,
         seed=train_settings.seed,
         timesteps=_timesteps(train_settings),
         certify=sigmas,
+        certify_radius=certify_radius,
         provenance={
             "preset": preset_name,
             "settings": str(train_settings.to_json()),
@@ -138,6 +166,8 @@ def train(
             **({"note": note} if note else {}),
         },
     )
+    if tiled is not None and frames is not None:
+        model = tiles.finish(model, frames, tiled, false_alarm_rate)
     model.save(out, half=half)
     checkpoint.unlink(missing_ok=True)
     return model
@@ -154,6 +184,7 @@ def fit(
     timesteps: list[int],
     provenance: Mapping[str, Scalar],
     certify: Sequence[float] = (),
+    certify_radius: float | None = None,
     chosen: Callable[[DetectorConfig], DetectorConfig] | None = None,
 ) -> ModelFile:
     """Choose the settings, compute the normal maps and calibrate: from trained weights to a model.
@@ -162,7 +193,7 @@ def fit(
         weights: of a :func:`training_network`.
         half: round the network's weights to fp16.
         timesteps: candidates for k.
-        certify: sigmas to certify at.
+        certify, certify_radius: sigmas to certify at, and the radius that their thresholds are for.
         chosen: instead of the selection: a function from the configuration to the one to use.
     """
     trained = training_network(config.unet)
@@ -209,7 +240,7 @@ def fit(
         threshold=calibrate.conformal_threshold(scores, rate),
         provenance=dict(provenance),
     )
-    return certification.add(model, split, certify, seed=seed)
+    return certification.add(model, split, certify, radius=certify_radius, seed=seed)
 
 
 def _arrays(net: UNet) -> dict[str, NDArray[np.float32]]:
