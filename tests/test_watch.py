@@ -167,21 +167,53 @@ def test_a_server_that_dies_ends_no_inspection(model: Detector) -> None:
     assert [result.outcome for result in line.results].count(Outcome.ERROR) == 0
 
 
-def test_a_state_that_cannot_be_made_is_followed_by_the_next(model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
-    good, failed = board.pictures, []
+def test_what_cannot_be_drawn_is_shown_without_a_picture(model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(result: Any) -> Any:
+        raise MemoryError
 
-    def fail_once(result: Any) -> Any:
+    model.threshold = -1.0
+    monkeypatch.setattr(board, "pictures", fail)
+    with running(model) as line, Listener(line.page) as listener:
+        line.line.part()
+        state = listener.until(lambda state: state["result"])
+        assert state["result"]["outcome"] == "DEFECT" and state["result"]["views"] == []
+        assert [reject["views"] for reject in state["rejects"]] == [[]]
+
+
+def test_a_state_that_cannot_be_made_is_followed_by_the_next(model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, failed = board._described, []
+
+    def fail_once(*arguments: Any) -> Any:
         if not failed:
             failed.append(1)
             raise MemoryError
-        return good(result)
+        return good(*arguments)
 
-    monkeypatch.setattr(board, "pictures", fail_once)
+    monkeypatch.setattr(board, "_described", fail_once)
     with running(model) as line, Listener(line.page) as listener:
         listener.next()
         line.line.part()
-        state = listener.until(lambda state: state["result"])
-        assert failed and state["result"]["views"] == ["frame", "map"]
+        assert listener.until(lambda state: state["result"])["result"]["views"] == ["frame", "map"] and failed
+
+
+def test_a_state_says_how_old_it_is(model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where drawing hangs there is no new state, and a browser that comes then must not take the last one for new."""
+    release, drawing = threading.Event(), threading.Event()
+
+    def hang(*_: object) -> None:
+        drawing.set()
+        release.wait(30.0)
+
+    with running(model) as line, Listener(line.page) as listener:
+        listener.next()
+        monkeypatch.setattr(board, "pictures", hang)
+        line.line.part()
+        assert drawing.wait(20.0)
+        time.sleep(0.3)
+        with Listener(line.page) as late:
+            state = late.next()
+            assert state is not None and state["result"] is None and late.waited_ms >= 300
+        release.set()
 
 
 def test_what_hangs_is_not_idle(model: Detector) -> None:

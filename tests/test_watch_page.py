@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from streams import detector, wait_until
 from watching import Running, running, threshold_between
 
 from advrad_fast import Detector
+from advrad_fast.line.watch import board
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +139,28 @@ def test_what_is_old_is_not_shown(browser: Any, model: Detector) -> None:
         assert "source does not answer" in text(browser, "why")
         lamp = browser.execute_script("return document.getElementById('lamp-source').dataset.level")
         assert lamp == "bad" and "not connected" in text(browser, "lamp-source")
+
+
+def test_a_page_that_is_loaded_late_shows_nothing_old(browser: Any, model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where drawing hangs the server still has the last state, of a good part."""
+    good, _ = threshold_between(model)
+    release = threading.Event()
+    with running(model, deadline_ms=1000.0, hold_ms=1000.0) as line:
+        browser.get(line.page.url)
+        line.line.part(good)
+        becomes(browser, "OK")
+        monkeypatch.setattr(board, "pictures", lambda result: release.wait(60.0))
+        line.line.part(good)
+        becomes(browser, "NO DATA")
+        for _ in range(2):
+            browser.get(line.page.url)
+            browser.execute_script(
+                "window.seen = new Set(); const panel = document.getElementById('outcome');"
+                "new MutationObserver(() => window.seen.add(panel.dataset.outcome)).observe(panel, {attributes: true})"
+            )
+            wait_until(lambda: text(browser, "source") == line.line.name)  # the state has come
+            assert outcome(browser) == "NO DATA" and browser.execute_script("return [...window.seen]") == []
+        release.set()
 
 
 def test_a_process_that_stops_or_dies(browser: Any, tmp_path: Path) -> None:

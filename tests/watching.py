@@ -98,6 +98,7 @@ class Listener:
         self._connection.request("GET", "/events")
         self.answer = self._connection.getresponse()
         self.points: list[Any] = []
+        self.waited_ms = 0
 
     def next(self) -> dict[str, Any] | None:
         """The next state; None at the end."""
@@ -105,6 +106,7 @@ class Listener:
             if line.startswith(b"data: "):
                 message = json.loads(line.removeprefix(b"data: "))
                 self.points += message["points"]
+                self.waited_ms = message["waited_ms"]
                 state: dict[str, Any] = message["state"]
                 return state
         return None

@@ -22,7 +22,7 @@
   let state = null; // the newest
   let points = [];
   let heardAt = -Infinity; // performance.now() of the last word
-  let late = 0; // ms that it was under way longer than the fastest
+  let late = 0; // ms from when that was true, beyond the fastest way
   let fastest = Infinity;
   let events = null;
   let refused = false;
@@ -31,15 +31,13 @@
 
   const connect = () => {
     if (events !== null) events.close();
-    points = [];
-    fastest = Infinity;
     events = new EventSource("/events");
     events.addEventListener("state", (event) => {
       const came = performance.now();
-      const { points: fresh, state: next } = JSON.parse(event.data);
-      const way = came - next.at_ms;
+      const { points: fresh, waited_ms: waited, state: next } = JSON.parse(event.data);
+      const way = came - next.at_ms - waited;
       fastest = Math.min(fastest, way);
-      late = way - fastest;
+      late = waited + way - fastest;
       heardAt = came;
       if (state !== null && next.run !== state.run) points = [];
       points = points.concat(fresh).slice(-TREND);
@@ -49,7 +47,8 @@
       show();
     });
     events.addEventListener("open", () => {
-      points = []; // a new connection begins with all of them
+      points = []; // a new connection begins with all of them, and may be to another machine's clock
+      fastest = Infinity;
     });
   };
 
@@ -67,17 +66,18 @@
 
   // What to show, and why.
 
+  const silence = () => performance.now() - heardAt + late;
+
   const verdict = () => {
-    const silent = performance.now() - heardAt;
     if (state !== null && state.ended) return ["ENDED", "The stream has ended."];
-    if (silent > SILENCE) {
+    if (silence() > SILENCE) {
       if (refused) return ["NO DATA", "The token is not valid any more: load the page again."];
       return ["NO DATA", state === null ? "Connecting to the inspection." : "No connection to the inspection."];
     }
     if (state.result === null) {
       return state.idle ? ["WAITING", "No part has come yet."] : ["NO DATA", "No result yet."];
     }
-    const age = state.age_ms + late + silent;
+    const age = state.age_ms + silence();
     const limit = state.idle ? state.hold_ms : state.deadline_ms;
     if (age <= Math.max(limit, state.deadline_ms)) {
       return [state.result.outcome, state.result.message || ""];
@@ -177,7 +177,7 @@
     text(element.querySelector("b"), words);
   };
   const lamps = () => {
-    const there = performance.now() - heardAt <= SILENCE;
+    const there = silence() <= SILENCE;
     const ended = state !== null && state.ended;
     if (state !== null && state.name !== null) text("source", state.name);
     lamp("page", ended ? "off" : there ? "good" : "bad", ended ? "ended" : there ? "live" : "no connection");

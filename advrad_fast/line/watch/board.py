@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections import Counter, deque
@@ -15,6 +16,8 @@ from advrad_fast.line.drift import DriftState
 from advrad_fast.line.results import StreamInspection
 from advrad_fast.line.stream import InspectionStream, StreamStatus
 from advrad_fast.line.watch.pictures import Pictures, pictures
+
+_log = logging.getLogger(__name__)
 
 TREND = 240  #: results in the score trend
 REJECTS = 12  #: parts that were not OK whose pictures are kept
@@ -35,19 +38,22 @@ class Publication:
         number: counts publications from 1.
         state: JSON, an object.
         points: the score trend: sequence, score, outcome (0 OK, 1 DEFECT, 2 ABSTAIN, 3 ERROR) and threshold.
+        at: ``time.monotonic`` when it was made.
         ended: whether this is the last.
     """
 
     number: int
     state: str
     points: tuple[Point, ...]
+    at: float
     ended: bool
 
     def message(self, after: int) -> tuple[bytes, int]:
-        """As a server-sent event with the points after a sequence, and the last point's sequence."""
+        """As a server-sent event with the points after a sequence and how old the state is now; and the last point's sequence."""
         fresh = [point for point in self.points if point[0] > after]
         points = json.dumps(fresh, separators=(",", ":"), allow_nan=False)
-        text = f'event: state\ndata: {{"points":{points},"state":{self.state}}}\n\n'
+        waited = round(1e3 * (time.monotonic() - self.at))
+        text = f'event: state\ndata: {{"points":{points},"waited_ms":{waited},"state":{self.state}}}\n\n'
         return text.encode(), (fresh[-1][0] if fresh else after)
 
 
@@ -64,7 +70,7 @@ class Board:
         self._deadline, self._hold, self._heartbeat = deadline, hold, heartbeat
         self._lock = threading.Lock()
         self._outcomes: Counter[Outcome] = Counter()
-        self._dropped = self._unstored = 0
+        self._dropped = 0
         self._points: deque[Point] = deque(maxlen=TREND)
         self._times: deque[float] = deque(maxlen=TREND)
         self._newest: StreamInspection | None = None
@@ -84,7 +90,6 @@ class Board:
         with self._lock:
             self._outcomes[result.outcome] += 1
             self._dropped += result.dropped
-            self._unstored += bool(result.unstored)
             self._points.append(point)
             self._times.append(now)
             self._newest, self._newest_at = result, now
@@ -115,11 +120,11 @@ class Board:
         with self._lock:
             newest, newest_at = self._newest, self._newest_at
             outcomes = {str(outcome): self._outcomes[outcome] for outcome in Outcome}
-            dropped, unstored = self._dropped, self._unstored
+            dropped = self._dropped
             points, times = tuple(self._points), tuple(self._times)
             rejects = [self._to_draw.popleft() for _ in range(len(self._to_draw))]
         for reject in rejects:
-            drawn = self._live.get(reject.sequence) or pictures(reject)
+            drawn = self._live.get(reject.sequence) or _draw(reject)
             self._rejects[reject.sequence] = (_described(reject, drawn), drawn)
         for old in list(islice(self._rejects, max(0, len(self._rejects) - REJECTS))):
             del self._rejects[old]
@@ -139,19 +144,18 @@ class Board:
             "outcomes": outcomes,
             "dropped": dropped if source is None else source.dropped,
             "per_second": round(len(recent) / max(now - recent[0], 1.0), 2) if recent else 0.0,
-            "unstored": unstored,
             "drift": None if newest is None else _drift(getattr(newest, "drift", None)),
             "source": None if source is None else _source(source),
             "rejects": [description for description, _ in reversed(self._rejects.values())],
         }
         self._number += 1
-        return Publication(self._number, json.dumps(state, separators=(",", ":"), allow_nan=False), points, ended)
+        return Publication(self._number, json.dumps(state, separators=(",", ":"), allow_nan=False), points, now, ended)
 
     def _drawn(self, result: StreamInspection, draw: bool) -> Pictures | None:
         known = self._live.get(result.sequence) or self._rejects.get(result.sequence, (None, None))[1]
         if known is not None or not draw:
             return known
-        made = pictures(result)
+        made = _draw(result)
         if made is not None:
             self._live[result.sequence] = made
             for old in list(islice(self._live, max(0, len(self._live) - _LIVE))):
@@ -167,6 +171,14 @@ class Board:
             return True
         # A frame is in hand.  Since when, only the last result and the last look without one can tell.
         return now - max(newest_at, self._free_at) <= max(self._deadline, self._heartbeat)
+
+
+def _draw(result: StreamInspection) -> Pictures | None:
+    try:
+        return pictures(result)
+    except Exception:  # out of memory, say: the outcome has to be shown all the same
+        _log.exception("%s: result %d cannot be drawn", result.source, result.sequence)
+        return None
 
 
 def _described(result: StreamInspection, drawn: Pictures | None) -> dict[str, Any]:
