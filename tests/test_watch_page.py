@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,13 @@ import pytest
 from browser import RATIO, chromium, requests, set_dark, set_width
 from models import small_model
 from PIL import Image
-from streams import detector, wait_until
+from streams import detector, frames, wait_until
 from watching import Running, running, threshold_between
 
 from advrad_fast import Detector
-from advrad_fast.line.watch import board
+from advrad_fast.line import InspectionStream
+from advrad_fast.line.drift import Direction, DriftState
+from advrad_fast.line.watch import WatchPage, board
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +144,31 @@ def test_what_is_old_is_not_shown(browser: Any, model: Detector) -> None:
         assert "source does not answer" in text(browser, "why")
         lamp = browser.execute_script("return document.getElementById('lamp-source').dataset.level")
         assert lamp == "bad" and "not connected" in text(browser, "lamp-source")
+
+
+def test_drift_has_its_lamp(browser: Any, model: Detector) -> None:
+    def lamp() -> Any:
+        return browser.execute_script(
+            "const lamp = document.getElementById('lamp-drift'); return lamp.hidden ? null : [lamp.dataset.level, lamp.innerText]"
+        )
+
+    with InspectionStream(model, frames(3)) as stream:
+        results = list(stream)
+    quiet = DriftState(frames=900, e_value=0.25, peak=3.0, level=100.0)
+    at = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    found = replace(quiet, e_value=140.0, direction=Direction.UP, alarm_frame=880, alarm_at=at, onset_frame=600)
+    for result, state in zip(results, (None, quiet, found), strict=True):
+        object.__setattr__(result, "drift", state)
+    with WatchPage(port=0, deadline_ms=3.6e6) as page:
+        browser.get(page.url)
+        page.write(results[0])
+        wait_until(lambda: is_loaded(browser, "frame"))
+        assert lamp() is None
+        page.write(results[1])
+        wait_until(lambda: lamp() == ["good", "Drift\nnone"])
+        page.write(results[2])
+        wait_until(lambda: lamp()[0] == "warn")
+        assert re.fullmatch(r"Drift\nscores went up since \d\d:\d\d:05", lamp()[1])
 
 
 def test_a_page_that_is_loaded_late_shows_nothing_old(browser: Any, model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
