@@ -17,6 +17,7 @@
   const number = (value) => (value === null || value === undefined ? "–" : String(Number(value.toPrecision(4))));
   const clock = (iso) => new Date(iso).toLocaleTimeString("en-GB");
   const name = (result) => result.item || `no. ${result.sequence}`;
+  const date = (iso) => new Date(iso).toLocaleDateString("en-CA");
   const milliseconds = (value) => `${value.toFixed(value < 10 ? 1 : 0)} ms`;
 
   let state = null; // the newest
@@ -148,6 +149,7 @@
     else if (pictured !== null && performance.now() - picturedAt > LAG) hidePictures();
     if (underway || pictured === key) return;
     underway = true;
+    const asked = performance.now();
     const loading = result.views.map((view) => {
       const image = new Image();
       image.id = view;
@@ -158,12 +160,13 @@
     Promise.all(loading).then(
       (images) => {
         underway = false;
-        if (!OUTCOMES.includes(shown)) return;
+        const newest = OUTCOMES.includes(shown) && state.result.views.length > 0 ? `${state.run}/${state.result.sequence}` : null;
+        if (newest !== key && (newest === null || performance.now() - asked > LAG)) return; // too late
         hidePictures();
         for (const image of images) $(image.id).replaceWith(image);
         text("pictured", name(result));
         pictured = key;
-        picturedAt = performance.now();
+        picturedAt = newest === key ? performance.now() : asked;
       },
       () => (underway = false),
     );
@@ -208,7 +211,9 @@
       lamp("drift", "good", "none", evidence);
       return;
     }
-    const since = drift.alarm_at === null ? "" : ` since ${clock(drift.alarm_at)}`;
+    const found = drift.alarm_at === null ? null : new Date(drift.alarm_at);
+    const today = found !== null && found.toDateString() === new Date().toDateString();
+    const since = found === null ? "" : `, found ${today ? clock(found) : date(found)}`;
     lamp("drift", "warn", `scores went ${drift.direction}${since}`, `${evidence}; began after about ${drift.onset_frame} scores`);
   };
 
@@ -338,7 +343,7 @@
     $("closer-title").dataset.outcome = reject.outcome;
     $("closer-shape").setAttribute("href", `#shape-${reject.outcome}`);
     text("closer-name", `${reject.outcome} · ${name(reject)}`);
-    const facts = [`${new Date(reject.captured_at).toLocaleDateString("en-CA")} ${clock(reject.captured_at)}`];
+    const facts = [`${date(reject.captured_at)} ${clock(reject.captured_at)}`];
     if (reject.score !== null) facts.push(`score ${number(reject.score)}`, `threshold ${number(reject.threshold)}`, `p-value ${number(reject.p_value)}`);
     facts.push(reject.backend);
     if (reject.message) facts.push(reject.message);
