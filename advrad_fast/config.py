@@ -21,7 +21,9 @@ PREDICTIONS: tuple[Prediction, ...] = ("eps", "x0", "v", "edm")
 #: The scales of Algorithm 4, as downsampling factors.
 SCALES: tuple[int, int, int, int] = (1, 2, 4, 8)
 
+SPREAD_FLOOR = 0.5  #: added to a pixel's spread over normals, in quadrature, as a share of the spread's mean
 MAX_SIDE = 4096  #: the largest network input side in pixels that a model file may ask for
+MAX_FRAME_SIDE = 1 << 16  #: the largest side of a tiled frame whose positions have normals of their own
 _MAX_CHANNELS = 4096
 
 _T = TypeVar("_T", bound="_Config")
@@ -301,6 +303,27 @@ class ImageConfig(_Config):
             raise ConfigError(expected("channels", "1 or 3", self.channels))
         if self.brightness is not None:
             _number("brightness", self.brightness, 0.01, 0.99)
+
+
+@dataclass(frozen=True)
+class TilingConfig(_Config):
+    """How a frame larger than the network's input is inspected: in tiles of that size, at the frame's own resolution.
+
+    Attributes:
+        overlap: neighbouring tiles lie over one another by at least so many pixels; at most half a tile.
+        frame: (H, W) if every frame shows the same thing at the same place: then the normal map and its spread
+            are of that size, each position has its own, and other frames are refused.  None: frames of any size, every tile
+            of which is held against the same normal map.
+    """
+
+    overlap: int = 32
+    frame: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _integer("overlap", self.overlap, 1, MAX_SIDE)
+        for side in self.frame or ():
+            _integer("frame", side, SCALES[-1], MAX_FRAME_SIDE)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advrad_fast import backends, calibrate, images, philox, voting
+from advrad_fast import backends, calibrate, gpu_frames, images, philox, tiles, voting
 from advrad_fast.backends import Votes
 from advrad_fast.certify import Certificate, DecisionTest
 from advrad_fast.errors import AdvRADError, ConfigError, ImageError, InferenceError, PartNotFoundError, expected
@@ -80,6 +80,9 @@ class Detector:
     A result is a function of the frame and the seed, not of batch, order or thread.  Processes load their own: spawned, or forked
     before OpenVINO was loaded; in a child forked later, :meth:`inspect` raises InferenceError where OpenVINO would hang.
 
+    A model with ``tiling`` inspects a frame in tiles, at the frame's own resolution, and blends their maps into one: all else is
+    the same.  :mod:`advrad_fast.tiling` makes such models.
+
     Args:
         model: a model file's contents.
         backend: ``auto``, ``cpu``, ``cuda`` or ``reference``.
@@ -94,7 +97,12 @@ class Detector:
     def __init__(self, model: ModelFile, *, backend: str = "auto", seed: int | None = 0, **options: Any) -> None:
         self._model = model
         self._seed = None if seed is None else philox.check_seed(seed)
-        self._backend = backends.create(backend, model.config, model.weights, model.mu, model.inverse_spread, **options)
+        mu, inverse_spread = model.mu, model.inverse_spread
+        self._by_position = model.tiling is not None and model.tiling.frame is not None
+        if self._by_position:  # a tile's map is the error itself; the normal map is the frame's
+            size = (model.config.image.height, model.config.image.width)
+            mu, inverse_spread = np.zeros(size, dtype=np.float32), np.ones(size, dtype=np.float32)
+        self._backend = backends.create(backend, model.config, model.weights, mu, inverse_spread, **options)
         self._threshold = model.threshold
         self._smoothed: dict[float, Votes] = {}
         self._building = threading.Lock()
@@ -147,7 +155,10 @@ class Detector:
         """Inspect one frame.
 
         Args:
-            frame: an array (see :func:`advrad_fast.images.check_frame`) or a PIL image.
+            frame: an array or a PIL image (:func:`advrad_fast.images.check_frame`); for ``cuda`` also a uint8 array on the GPU
+                (:mod:`advrad_fast.gpu_frames`).  That is read where it lies if the model takes it as it is
+                (:func:`advrad_fast.images.is_prepared`: it has the network's size and channels, and neither pose nor brightness
+                is set); else it is copied to the host once, prepared there, and goes the usual way.
             maps: also compute the anomaly map and mask.
             seed: instead of the detector's.
 
@@ -155,31 +166,81 @@ class Detector:
             OK or DEFECT, or ABSTAIN where the model aligns the part first and finds none.
 
         Raises:
-            ImageError: the frame breaks the input contract.
+            ImageError: the frame breaks the input contract, or lies on a GPU and the backend is not ``cuda`` on that one.
             InferenceError: the engine failed, memory ran out, or what came back is no result: not finite, of another shape, or
                 a score that is not its map's maximum.
         """
         start = time.perf_counter()
         noise_seed = self._draw_seed(seed)
+        inspect = self._inspect if self._model.tiling is None else self._inspect_tiles
         try:
-            return self._inspect(frame, maps, noise_seed, start)
+            return inspect(frame, maps, noise_seed, start)
         except MemoryError as error:
             raise InferenceError("out of memory") from error
 
     def _inspect(self, frame: object, maps: bool, seed: int, start: float) -> Inspection:
-        try:
-            prepared = images.prepare(frame, self._model.config.image)
-        except PartNotFoundError as error:
-            return self._failed(Outcome.ABSTAIN, error, start)
-        prepare = _ms(start)
         threshold = self._threshold  # read once: another thread may set it
-        result = self._backend.score(prepared.image[None], seed=seed, want_maps=maps)
-        score = _checked_score(result, prepared.image.shape[:2], maps)
+        on_gpu = gpu_frames.find(frame)
+        prepare, prepared = 0.0, None
+        result = None if on_gpu is None else self._backend.score_in_place(on_gpu, seed=seed, want_maps=maps)
+        if result is None:
+            try:
+                prepared = self._prepared(frame, on_gpu)
+            except PartNotFoundError as error:
+                return self._failed(Outcome.ABSTAIN, error, start)
+            prepare = _ms(start)
+            result = self._backend.score(prepared.image[None], seed=seed, want_maps=maps)
+        size = self._model.config.image
+        score = _checked_score(result, (size.height, size.width), maps)
         anomaly_map = mask = None
         if maps and result.maps is not None:
-            above = result.maps[0] > _float32_below(threshold)
-            anomaly_map = images.map_to_frame(result.maps[0], prepared)
-            mask = images.mask_to_frame(above, prepared)
+            anomaly_map, mask = result.maps[0], result.maps[0] > _float32_below(threshold)
+            if prepared is not None:  # else the frame is the network's image
+                anomaly_map = images.map_to_frame(anomaly_map, prepared)
+                mask = images.mask_to_frame(mask, prepared)
+        return self._judged(score, threshold, anomaly_map, mask, {"prepare": prepare, **result.timings}, start)
+
+    def _inspect_tiles(self, frame: object, maps: bool, seed: int, start: float) -> Inspection:
+        config, tiling = self._model.config.image, self._model.tiling
+        if tiling is None:
+            raise ConfigError(expected("model", "one with tiling", tiling))
+        whole = images.prepare_whole(self._on_host(frame, gpu_frames.find(frame)), config)
+        if tiling.frame is not None and whole.shape[:2] != tiling.frame:
+            raise ImageError(expected("frame", f"one of the size that the model was made for, {tiling.frame}", whole.shape[:2]))
+        timings = {"prepare": _ms(start)}
+        threshold = self._threshold  # read once: another thread may set it
+        size = (config.height, config.width)
+
+        def run(tile: NDArray[np.uint8], index: int) -> NDArray[np.float32]:
+            result = self._backend.score(tile[None], seed=tiles.tile_seed(seed, index), want_maps=True)
+            _checked_score(result, size, want_maps=True)
+            if result.maps is None:
+                raise InferenceError(expected("maps", f"a float32 array {(1, *size)}", None))
+            for name, value in result.timings.items():
+                timings[name] = timings.get(name, 0.0) + value
+            values: NDArray[np.float32] = result.maps[0]
+            return values
+
+        anomaly_map = tiles.blend(whole, size, tiling.overlap, run)
+        if self._by_position:
+            anomaly_map -= self._model.mu
+            np.abs(anomaly_map, out=anomaly_map)
+            anomaly_map *= self._model.inverse_spread
+        score = float(anomaly_map.max())
+        if not math.isfinite(score):
+            raise InferenceError(expected("score", "a finite number", score))
+        mask = anomaly_map > _float32_below(threshold) if maps else None
+        return self._judged(score, threshold, anomaly_map if maps else None, mask, timings, start)
+
+    def _judged(
+        self,
+        score: float,
+        threshold: float,
+        anomaly_map: NDArray[np.float32] | None,
+        mask: NDArray[np.bool_] | None,
+        timings: Mapping[str, float],
+        start: float,
+    ) -> Inspection:
         return Inspection(
             outcome=Outcome.DEFECT if score > threshold else Outcome.OK,
             score=score,
@@ -188,7 +249,7 @@ class Detector:
             anomaly_map=anomaly_map,
             mask=mask,
             backend=self.backend,
-            timings=MappingProxyType({"prepare": prepare, **result.timings, "total": _ms(start)}),
+            timings=MappingProxyType({**timings, "total": _ms(start)}),
         )
 
     def inspect_batch(self, frames: Iterable[object], *, maps: bool = True, seed: int | None = None) -> list[Inspection]:
@@ -225,7 +286,7 @@ class Detector:
         A KeyboardInterrupt is served between batches and leaves the detector as it was.
 
         Args:
-            frame: as for :meth:`inspect`.
+            frame: as for :meth:`inspect`; one on the GPU is copied to the host once.
             radius: l2 over all pixels and channels of the prepared image, each in [0, 1].  Which decision, if any, is robust
                 at it?  Stops as soon as that is settled, either way.  None: the largest radius that ``max_votes`` votes
                 certify, for which all of them are drawn.
@@ -267,7 +328,7 @@ class Detector:
     ) -> Iterator[NDArray[np.bool_]]:
         """A frame's votes as they are drawn; none where its part is not found."""
         try:
-            image = images.prepare(frame, self._model.config.image).image
+            image = self._prepared(frame, gpu_frames.find(frame)).image
         except PartNotFoundError as error:
             _log.info("not certified: %s", error)
             return iter(())
@@ -299,10 +360,17 @@ class Detector:
         smoothing = self._smoothing(None, sigma, 0.001, draws)
         noise_seed = secrets.randbits(64) if seed is None else philox.check_seed(seed)
         try:
-            image = images.prepare(frame, self._model.config.image).image
+            image = self._prepared(frame, gpu_frames.find(frame)).image
             return self._votes(smoothing).scores(image, seed=noise_seed, draws=draws)
         except MemoryError as error:
             raise InferenceError("out of memory") from error
+
+    def _prepared(self, frame: object, on_gpu: gpu_frames.GpuFrame | None) -> images.Prepared:
+        """On the host; a frame on a GPU is copied there."""
+        return images.prepare(self._on_host(frame, on_gpu), self._model.config.image)
+
+    def _on_host(self, frame: object, on_gpu: gpu_frames.GpuFrame | None) -> object:
+        return frame if on_gpu is None else self._backend.download(on_gpu)
 
     @property
     def _pixels(self) -> int:
@@ -311,6 +379,8 @@ class Detector:
 
     def _smoothing(self, radius: float | None, sigma: float | None, alpha: float, max_votes: int) -> Smoothing:
         model = self._model
+        if model.tiling is not None:
+            raise ConfigError("certify: expected a model that inspects whole frames, got one that inspects tiles")
         if not model.smoothing:
             raise ConfigError("certify: expected a model that has a sigma to certify at; `advrad-fast certify --fit` adds one")
         if sigma is not None:

@@ -11,6 +11,7 @@
     ├── ModelFileError          (ValueError)    a model file is damaged, foreign or inconsistent
     ├── KernelFileError         (ValueError)    a folder of compiled kernels is damaged, foreign or inconsistent
     ├── CalibrationError        (ValueError)    too few normal scores for the promise asked for
+    ├── DriftStateError         (ValueError)    a saved drift state is damaged, or of another test
     ├── DatasetError            (ValueError)    a folder does not hold what its layout needs
     ├── ReportError             (ValueError)    a report's folder holds a file that is not a report's data
     ├── AttackError             (RuntimeError)  an attack broke a sanity rule: its figures mean nothing
@@ -62,6 +63,10 @@ class KernelFileError(AdvRADError, ValueError):
 
 class CalibrationError(AdvRADError, ValueError):
     """Too few normal scores for the false-alarm rate asked for, or scores that are not finite."""
+
+
+class DriftStateError(AdvRADError, ValueError):
+    """A saved state of the drift test is missing, damaged, or of another calibration or other settings."""
 
 
 class DatasetError(AdvRADError, ValueError):

@@ -1,6 +1,7 @@
 """The input contract: what a frame may be, and how it becomes the network's uint8 image.
 
-A frame is a NumPy array or a Pillow image.  Its scale comes from its dtype, never from its values:
+A frame is a NumPy array, another library's array in the host's memory (a PyTorch tensor, say: through DLPack) or a Pillow image;
+what lies on a GPU, see :mod:`advrad_fast.gpu_frames`.  Its scale comes from its dtype, never from its values:
 
 =================  ==========================  =====================================
 dtype              range                       becomes uint8 by
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from advrad_fast import pose
+from advrad_fast import dlpack, pose
 from advrad_fast.config import ImageConfig
 from advrad_fast.errors import ConfigError, ImageDecodeError, ImageError, ImageTooLargeError, expected
 
@@ -78,16 +79,27 @@ def check_frame(frame: object) -> NDArray[np.uint8]:
         ImageTooLargeError: more than ``MAX_PIXELS`` pixels.
         ImageDecodeError: a PIL image that was opened lazily can't be decoded.
     """
-    if not isinstance(frame, np.ndarray):
+    array = frame if isinstance(frame, np.ndarray) else _shared(frame)
+    if array is None:
         from PIL import Image
 
         if not isinstance(frame, Image.Image):
             raise ImageError(expected("frame", _FRAME, type(frame)))
-        _check_size("frame", frame.height, frame.width, MAX_PIXELS)
+        check_size("frame", frame.height, frame.width)
         return _from_pil(frame, "frame")
-    if frame.ndim in (2, 3):
-        _check_size("frame", frame.shape[0], frame.shape[1], MAX_PIXELS)
-    return _from_array(frame, "frame")
+    if array.ndim in (2, 3):
+        check_size("frame", array.shape[0], array.shape[1])
+    return _from_array(array, "frame")
+
+
+def _shared(frame: object) -> NDArray[np.generic] | None:
+    """An array of another library; None for what is none."""
+    device = dlpack.device(frame)
+    if device is None:
+        return None
+    if device[0] not in (dlpack.CPU, dlpack.CUDA_HOST):
+        raise ImageError(expected("frame", "an array in the host's memory", f"{type(frame)} on DLPack device {device}"))
+    return dlpack.host_array(frame)
 
 
 def load_image(path: StrPath, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
@@ -123,7 +135,7 @@ def load_image(path: StrPath, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
     with file:
         try:
             image = _open(file, name)
-            _check_size(name, image.height, image.width, max_pixels)
+            check_size(name, image.height, image.width, max_pixels)
             with image:
                 return _from_pil(image, name)
         except ImageError:
@@ -150,10 +162,8 @@ def prepare(frame: object, config: ImageConfig) -> Prepared:
     """
     from PIL import Image
 
-    pixels = check_frame(frame)
+    pixels = _channels_to_keep(check_frame(frame), config)
     shape = (pixels.shape[0], pixels.shape[1])
-    if config.channels == 1 and pixels.shape[2] == 3:
-        pixels = _grey(pixels)[:, :, None]
     affine = None
     if config.pose is not None:
         pixels, affine = pose.align(pixels, config.pose, config.height, config.width)
@@ -162,11 +172,37 @@ def prepare(frame: object, config: ImageConfig) -> Prepared:
         # With reducing_gap a large frame is first box-reduced to three times the size: no visible change, much faster.
         resized = image.resize((config.width, config.height), Image.Resampling.BICUBIC, reducing_gap=3.0)
         pixels = np.array(resized, dtype=np.uint8).reshape(config.height, config.width, -1)
+    return Prepared(_finish(pixels, config), shape, affine)
+
+
+def prepare_whole(frame: object, config: ImageConfig) -> NDArray[np.uint8]:
+    """A frame that is inspected in tiles: channels and brightness as :func:`prepare` makes them, its own size.
+
+    Returns:
+        uint8 (H, W, ``config.channels``), C-contiguous; may share memory with ``frame``.
+
+    Raises:
+        ImageError: the frame breaks the contract.
+    """
+    return _finish(_channels_to_keep(check_frame(frame), config), config)
+
+
+def _channels_to_keep(pixels: NDArray[np.uint8], config: ImageConfig) -> NDArray[np.uint8]:
+    return _grey(pixels)[:, :, None] if config.channels == 1 and pixels.shape[2] == 3 else pixels
+
+
+def _finish(pixels: NDArray[np.uint8], config: ImageConfig) -> NDArray[np.uint8]:
     if config.brightness is not None:
         pixels = _normalise(pixels, config.brightness)
     if config.channels == 3 and pixels.shape[2] == 1:
         pixels = pixels.repeat(3, axis=2)
-    return Prepared(pixels, shape, affine)
+    return pixels
+
+
+def is_prepared(shape: tuple[int, ...], config: ImageConfig) -> bool:
+    """Whether :func:`prepare` leaves every uint8 frame (H, W, C) of this shape as it is."""
+    size = (config.height, config.width, config.channels)
+    return config.pose is None and config.brightness is None and shape == size
 
 
 def map_to_frame(values: NDArray[np.float32], prepared: Prepared) -> NDArray[np.float32]:
@@ -273,7 +309,8 @@ def _walk(folder: Path) -> list[Path]:
     return sorted(images)
 
 
-def _check_size(name: str, height: int, width: int, max_pixels: int) -> None:
+def check_size(name: str, height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raises an ImageError for no pixels, an ImageTooLargeError for more than ``max_pixels``."""
     if height < 1 or width < 1:
         raise ImageError(expected(name, "at least 1 x 1 pixels", f"{height} x {width}"))
     if height * width > max_pixels:

@@ -3,11 +3,11 @@
 It holds numbers, never a graph and never code.  Layout (https://github.com/huggingface/safetensors#format):
 
 - ``unet.<name>``: the weights, float32 or float16, named and shaped as :func:`advrad_fast.graph.expected_tensors` says;
-- ``mu`` and, if ``config.score.spread``, ``spread``: float32 (H, W);
+- ``mu`` and, if ``config.score.spread``, ``spread``: float32 (H, W), of the network's input, or of ``tiling.frame`` where set;
 - ``calibration_scores``: float64 or float32 (n,), sorted;
 - for each sigma that the model can certify at, the tensors ``smoothing.<i>...`` (:mod:`advrad_fast.smoothing`);
 - metadata ``advrad_fast``: one JSON document ``{"schema", "config", "false_alarm_rate", "threshold", "provenance",
-  "smoothing"}``.  Schema 1, which is still read, has no ``smoothing``.
+  "smoothing", "tiling"}``.  Schemas 1 and 2 are still read: they have no ``tiling``, and 1 no ``smoothing``.
 
 A file is untrusted until it has passed every check here.  The header is parsed under caps, and all names, types, shapes and
 offsets are compared with what the configuration calls for, before the first tensor is allocated.
@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advrad_fast.calibrate import conformal_threshold
-from advrad_fast.config import DetectorConfig
+from advrad_fast.config import DetectorConfig, TilingConfig
 from advrad_fast.errors import ConfigError, ModelFileError
 from advrad_fast.files import write_atomically
 from advrad_fast.graph import expected_tensors
@@ -50,7 +50,7 @@ from advrad_fast.untrusted import (
     spread_map,
 )
 
-SCHEMA = 2  #: version of the JSON document
+SCHEMA = 3  #: version of the JSON document
 MAX_FILE_BYTES = 4 << 30  #: largest file that is opened
 MAX_HEADER_BYTES = 1 << 20  #: largest safetensors header; the largest UNet that UNetConfig allows takes a third of it
 MAX_PARAMETERS = 1 << 29  #: most weights of a network
@@ -61,6 +61,7 @@ _KEY = "advrad_fast"
 _PREFIX = "unet."
 _DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 _FIELDS = ("schema", "config", "false_alarm_rate", "threshold", "provenance")  # of schema 1
+_ADDED = ("smoothing", "tiling")  # by schemas 2 and 3
 
 Scalar = str | int | float | bool | None
 
@@ -72,13 +73,14 @@ class ModelFile:
     Attributes:
         config: all settings.
         weights: float32 arrays, exactly the names and shapes of ``expected_tensors(config.unet)``.
-        mu: float32 (H, W), the normal map.
+        mu: float32 (H, W), the normal map: of the network's input, or of ``tiling.frame``.
         spread: float32 (H, W), above 0, the standard deviation over normals; None iff not ``config.score.spread``.
         calibration_scores: float64 (n,), n >= 1, rising: scores of held-out normals (float32 is widened).
         false_alarm_rate: in (0, 1), the target that ``threshold`` stands for.
         threshold: a score above it is a DEFECT.
         provenance: where the model comes from: data hash, training settings, versions, licence note; JSON scalars.
         smoothing: what it certifies with, one for each sigma, in rising order; may be empty.
+        tiling: if frames are inspected in tiles, how; the calibration scores and the threshold are of whole frames, then.
 
     Raises:
         ModelFileError: a field is inconsistent; the message names it, what was expected and what came.
@@ -93,6 +95,7 @@ class ModelFile:
     threshold: float
     provenance: dict[str, Scalar] = field(default_factory=dict)
     smoothing: tuple[Smoothing, ...] = ()
+    tiling: TilingConfig | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, DetectorConfig):
@@ -103,7 +106,8 @@ class ModelFile:
         config = _config(parse("config", dump(self.config.to_json()).encode()))
         shapes = _weight_shapes(config)
         same_names("weights", shapes, self.weights)
-        size = (config.image.height, config.image.width)
+        tiling = _tiling(None if self.tiling is None else self.tiling.to_json(), config)
+        size = _map_size(config, tiling)
         checked: dict[str, object] = {
             "config": config,
             "weights": {name: float32(f"weights.{name}", self.weights[name], shape) for name, shape in shapes.items()},
@@ -115,6 +119,9 @@ class ModelFile:
         checked["threshold"] = number("threshold", self.threshold)
         checked["provenance"] = _checked_provenance(self.provenance)
         checked["smoothing"] = _checked_smoothing(self.smoothing, config)
+        if tiling is not None and self.smoothing:
+            refuse("smoothing", "none, as frames are inspected in tiles", f"{len(self.smoothing)} sigmas")
+        checked["tiling"] = tiling
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
@@ -137,6 +144,8 @@ class ModelFile:
         digest = hashlib.sha256(dump(self.config.to_json()).encode())
         for smoothing in self.smoothing:
             digest.update(dump([smoothing.sigma, smoothing.score.to_json(), smoothing.draws]).encode())
+        if self.tiling is not None:
+            digest.update(dump(self.tiling.to_json()).encode())
         for name, array in sorted(self._tensors().items()):
             digest.update(f"\n{name} {array.shape}\n".encode())
             digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data.cast("B"))
@@ -188,6 +197,7 @@ class ModelFile:
             "threshold": self.threshold,
             "provenance": self.provenance,
             "smoothing": [smoothing.document() for smoothing in self.smoothing],
+            "tiling": None if self.tiling is None else self.tiling.to_json(),
         }
         try:
             write_atomically(Path(path), save(tensors, metadata={_KEY: dump(document)}))
@@ -224,7 +234,8 @@ class ModelFile:
         document = _document(entries.pop("__metadata__", None))
         config = _config(document["config"])
         weights = {_PREFIX + name: shape for name, shape in _weight_shapes(config).items()}
-        image = (config.image.height, config.image.width)
+        tiling = _tiling(document.get("tiling"), config)
+        image = _map_size(config, tiling)
         shapes: dict[str, tuple[int, ...] | None] = {**weights, "mu": image, "calibration_scores": None}
         if config.score.spread:
             shapes["spread"] = image
@@ -257,6 +268,7 @@ class ModelFile:
             threshold=document["threshold"],
             provenance=document["provenance"],
             smoothing=tuple(part.build(tensors) for part in outlines),
+            tiling=tiling,
         )
 
     def _tensors(self) -> dict[str, NDArray[Any]]:
@@ -327,7 +339,7 @@ def _document(metadata: object) -> dict[str, Any]:
     schema = document.get("schema")
     if type(schema) is not int or not 1 <= schema <= SCHEMA:
         refuse("schema", f"1 to {SCHEMA} (a later one takes a later advrad_fast)", schema)
-    same_names(_KEY, _FIELDS if schema == 1 else (*_FIELDS, "smoothing"), document)
+    same_names(_KEY, (*_FIELDS, *_ADDED[: schema - 1]), document)
     return document
 
 
@@ -352,6 +364,29 @@ def _config(value: object) -> DetectorConfig:
         return DetectorConfig.from_json(value, "config")
     except ConfigError as error:
         raise ModelFileError(clip(str(error))) from error
+
+
+def _tiling(value: object, config: DetectorConfig) -> TilingConfig | None:
+    if value is None:
+        return None
+    try:
+        tiling = TilingConfig.from_json(value, "tiling")
+    except ConfigError as error:
+        raise ModelFileError(clip(str(error))) from error
+    tile = (config.image.height, config.image.width)
+    if config.image.pose is not None:
+        refuse("tiling", "null, as the part is aligned", tiling)
+    if tiling.overlap > min(tile) // 2:
+        refuse("tiling.overlap", f"at most half a tile's shorter side, {min(tile) // 2}", tiling.overlap)
+    if tiling.frame is not None and (tiling.frame[0] < tile[0] or tiling.frame[1] < tile[1]):
+        refuse("tiling.frame", f"at least a tile, {tile}", tiling.frame)
+    return tiling
+
+
+def _map_size(config: DetectorConfig, tiling: TilingConfig | None) -> tuple[int, int]:
+    if tiling is not None and tiling.frame is not None:
+        return tiling.frame
+    return (config.image.height, config.image.width)
 
 
 def _take(stream: BinaryIO, count: int) -> bytes:

@@ -2,7 +2,8 @@
 
 Counter layout: ``(element // 4, draw, image_id, block)``, key ``(seed & 0xffffffff, seed >> 32)``.  ``element`` is the flat
 index into the channel-first image (C, H, W).  Of a counter's four words (r0, r1, r2, r3) in block 0, r0 and r1 make the normals
-of elements 4i and 4i + 1 (cosine, sine), r2 and r3 those of 4i + 2 and 4i + 3.  :mod:`advrad_fast.lattice` uses blocks 1 and 2.
+of elements 4i and 4i + 1 (cosine, sine), r2 and r3 those of 4i + 2 and 4i + 3.  :mod:`advrad_fast.lattice` uses blocks 1 and 2,
+:mod:`advrad_fast.tiles` block 3.
 """
 
 from __future__ import annotations

@@ -23,9 +23,11 @@ HEIGHT, WIDTH = 16, 24
 
 
 def settings(**changes: Any) -> DetectorConfig:
-    prediction = changes.pop("prediction", "eps")
+    prediction, channels = changes.pop("prediction", "eps"), changes.get("channels", 3)
     return DetectorConfig(
-        unet=UNetConfig(base_channels=8, channel_mult=(1, 2), norm_groups=4, patch=2, prediction=prediction),
+        unet=UNetConfig(
+            in_channels=channels, base_channels=8, channel_mult=(1, 2), norm_groups=4, patch=2, prediction=prediction
+        ),
         diffusion=DiffusionConfig(draws=changes.pop("draws", 2)),
         score=ScoreConfig(filter_size=changes.pop("filter_size", 5)),
         image=ImageConfig(height=HEIGHT, width=WIDTH, **changes),
@@ -116,6 +118,23 @@ def test_fp16_equals_the_reference(engine: EmulatedEngine, make: Callable[..., C
     assert backend.precision == "fp16"
     wanted = ReferenceBackend(CONFIG, weights_of(CONFIG), MU, INVERSE_SPREAD).score(images, seed=11, want_maps=True)
     assert difference(backend.score(images, seed=11, want_maps=True), wanted) <= BOUNDS["fp16"]
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0"])
+def test_grey_equals_the_reference(driver: FakeDriver, make: Callable[..., CudaBackend], prediction: str) -> None:
+    """One channel: its own kernels, and a third of the bytes."""
+    config, images = settings(prediction=prediction, channels=1), frames()[..., 1:2]
+    weights, backend = weights_of(config), make(config)
+    got = backend.score(images, seed=11, want_maps=True)
+    for other in (
+        ReferenceBackend(config, weights, MU, INVERSE_SPREAD),
+        CpuBackend(config, weights, MU, INVERSE_SPREAD, precision="fp32", cache_dir=False, threads=1),
+    ):
+        assert difference(got, other.score(images, seed=11, want_maps=True)) <= BOUNDS["fp32"]
+    _, _, copied = spent(driver, lambda: backend.score(images[:1], seed=11, want_maps=False))
+    assert copied == {"htod": HEIGHT * WIDTH, "dtoh": 4}
+    with pytest.raises(ImageError, match=r"expected uint8 \(N, 16, 24, 1\)"):
+        backend.score(frames(), seed=11, want_maps=False)
 
 
 @pytest.mark.parametrize("filter_size", [1, 67])

@@ -43,15 +43,15 @@ def make(engine: EmulatedEngine) -> Iterator[Make]:  # noqa: F811
         votes.close()
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "edm"])
-def test_scores_equal_the_cpus(make: Make, prediction: str) -> None:
+@pytest.mark.parametrize(("prediction", "channels"), [("eps", 3), ("x0", 3), ("edm", 3), ("x0", 1)])
+def test_scores_equal_the_cpus(make: Make, prediction: str, channels: int) -> None:
     """The same draws: the lattice's integers are the same on every backend."""
-    config = settings(prediction=prediction)
+    config = settings(prediction=prediction, channels=channels)
     options: dict[str, Any] = {"sigma": SIGMA, "precision": "fp32", "cache_dir": False, "batch": 2, "threads": 1}
     wanted = CpuVotes(config, weights_of(config), MU, INVERSE_SPREAD, **options)
     got = make(config)
     assert got.config == wanted.config and (got.batch, got.sigma) == (3, SIGMA)
-    for image in (IMAGE, frames()[4]):
+    for image in (IMAGE[..., :channels], frames()[4, ..., :channels]):
         scores = got.scores(image, seed=9, draws=7, first_draw=2)
         assert scores.dtype == np.float32 and scores.shape == (7,)
         np.testing.assert_allclose(scores, wanted.scores(image, seed=9, draws=7, first_draw=2), rtol=BOUND)

@@ -23,11 +23,11 @@ KERNELS = ROOT / "kernels"  # installs as advrad_fast.kernels
 
 # From the ground up: a module imports from its own floor or lower ones.  A package stands for all its modules.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "schedule", "philox", "lattice", "files", "untrusted"),
-    ("images", "pose", "model", "smoothing", "certify", "calibrate", "graph", "graph_precision"),
+    ("errors", "config", "schedule", "philox", "lattice", "files", "untrusted", "dlpack"),
+    ("images", "gpu_frames", "pose", "model", "smoothing", "certify", "calibrate", "graph", "graph_precision", "tiles"),
     ("kernels", "_native", "reference"),
     ("backends",),
-    ("detector", "voting"),
+    ("detector", "voting", "tiling"),
     ("",),  # the package's public face
     ("training", "evaluation", "overlay", "line"),
     ("bench",),
@@ -51,6 +51,8 @@ HOMES = {
     "genicam": ("line",),
     "paho": ("line",),
     "prometheus_client": ("line",),
+    "starlette": ("line.watch",),
+    "uvicorn": ("line.watch",),
 }
 
 # The fused operations under csrc/ and kernels/, and those that are still to come.

@@ -72,15 +72,18 @@ def test_weights_at_a_sigma_differ_by_a_factor_and_a_bias_a_channel() -> None:
     assert all(weights[name] is array for name, array in same.weights.items())
 
 
-def test_schema_1_is_still_read(tmp_path: Path) -> None:
+def test_schemas_1_and_2_are_still_read(tmp_path: Path) -> None:
     model, path = tiny_model(), tmp_path / "a"
     model.save(path)
     data = path.read_bytes()
     text = data[8 : 8 + int.from_bytes(data[:8], "little")]
-    old = text.replace(rb"\"schema\": 2", rb"\"schema\": 1").replace(rb", \"smoothing\": []", b"")
-    assert len(old) < len(text)
-    path.write_bytes(len(old).to_bytes(8, "little") + old + data[8 + len(text) :])
-    assert_equal(ModelFile.load(path), model)
+    without = text.replace(rb", \"tiling\": null", b"")
+    second = without.replace(rb"\"schema\": 3", rb"\"schema\": 2")
+    first = without.replace(rb"\"schema\": 3", rb"\"schema\": 1").replace(rb", \"smoothing\": []", b"")
+    assert len(first) < len(second) < len(text)
+    for old in (first, second):
+        path.write_bytes(len(old).to_bytes(8, "little") + old + data[8 + len(text) :])
+        assert_equal(ModelFile.load(path), model)
 
 
 def test_half_is_half_the_size_and_never_changes_a_weight(tmp_path: Path) -> None:

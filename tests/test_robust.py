@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from models import small_model
 from parts import dataset
-from pictures import POSE
+from pictures import POSE, part
+from PIL import Image
 
 from advrad_fast import Detector
 from advrad_fast.cli import main
 from advrad_fast.errors import AttackError, ConfigError, DatasetError
 from advrad_fast.evaluation import robust
+from advrad_fast.evaluation.attacker import RobustSettings
 from advrad_fast.evaluation.datasets import load_dataset
-from advrad_fast.evaluation.robust import RobustSettings, check_sanity, choose_samples, evaluate_robust
+from advrad_fast.evaluation.robust import check_sanity, choose_samples, evaluate_robust
 from advrad_fast.evaluation.rows import AttackRow, Budget, append_row, read_rows, robust_figures, to_line, worst
 
 QUICK = RobustSettings(budgets=("linf 8/255", "l2 0.5"), attacks=("pgd", "square"), steps=4, eot=2, queries=4, limit=2, sanity=0)
@@ -141,6 +144,36 @@ def test_rows_say_what_was_done(data: Path, tmp_path: Path) -> None:
     json.loads(to_line(summary))
 
 
+def test_the_frame_is_attacked_through_the_alignment(tmp_path: Path) -> None:
+    """Parts that lie at any angle.  Both surfaces, by default; the frame stays within its budget and is inspected whole."""
+    rng = np.random.default_rng(4)
+    for index in range(6):
+        angle = float(rng.uniform(0, 360))
+        folder = tmp_path / "parts" / ("train/good" if index < 2 else "test/good" if index < 4 else "test/bad")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(part()).rotate(angle, Image.Resampling.BICUBIC, fillcolor=200).save(folder / f"{index}.png")
+    found = load_dataset(tmp_path / "parts")
+    model = small_model(pose=POSE)
+    settings = dataclasses.replace(QUICK, budgets=("linf 8/255",), attacks=("pgd",), steps=6)
+    make = partial(Detector, backend="reference")
+    rows, summary = evaluate_robust(make(model), found, tmp_path / "rows.jsonl", settings, make=make, keep=True)
+    assert set(summary.by_attack) == {"pgd", "pgd camera"} and summary.settings["surfaces"] == ["prepared", "camera"]
+    scores = {r.image: r.score for r in rows if r.attack == "clean"}
+    gains: dict[str, list[float]] = {"prepared": [], "camera": []}
+    for r in rows:
+        if r.attack != "clean":
+            assert r.score is not None
+            gains[r.surface].append((r.score - scores[r.image]) * (1 - 2 * r.label))
+            assert 0.0 < r.linf <= 8 / 255 * (1 + 1e-6) and r.file is not None
+            size = np.asarray(Image.open(tmp_path / r.file)).shape[:2]
+            assert size == (part().shape[:2] if r.surface == "camera" else (32, 32))
+    assert min(np.mean(found) for found in gains.values()) > 0.0, gains
+    camera = dataclasses.replace(settings, surfaces=("camera",))
+    alone, _ = evaluate_robust(make(model), found, tmp_path / "rows.jsonl", camera, make=make)
+    assert {r.surface for r in alone if r.attack != "clean"} == {"camera"}
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(rows)
+
+
 def test_sanity_rules_hold_and_are_enforced(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     detector, found = Detector(small_model(), backend="reference"), load_dataset(data)
     settings = dataclasses.replace(QUICK, attacks=("pgd",), budgets=("linf 16/255",), sanity=2, queries=20, limit=1)
@@ -167,8 +200,10 @@ def test_what_does_not_fit_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="transfer"):
         evaluate_robust(detector, found, tmp_path / "r", dataclasses.replace(QUICK, attacks=("transfer",)))
     posed = Detector(small_model(pose=POSE), backend="reference")
-    with pytest.raises(ConfigError, match="prepared"):
+    with pytest.raises(ConfigError, match="make"):
         evaluate_robust(posed, found, tmp_path / "r", QUICK)
+    with pytest.raises(ConfigError, match="surfaces"):
+        dataclasses.replace(QUICK, surfaces=("lens",))
     with pytest.raises(DatasetError, match="none of label 1"):
         choose_samples(dataclasses.replace(found, test=[s for s in found.test if s.label == 0]), None)
 

@@ -20,9 +20,10 @@ from parts import dataset
 from advrad_fast import Detector
 from advrad_fast.cli import main
 from advrad_fast.errors import ConfigError, DatasetError, SpreadError
+from advrad_fast.evaluation.attacker import RobustSettings
 from advrad_fast.evaluation.datasets import load_dataset
 from advrad_fast.evaluation.evaluate import evaluate
-from advrad_fast.evaluation.robust import RobustSettings, evaluate_robust, prepared_model
+from advrad_fast.evaluation.robust import evaluate_robust
 from advrad_fast.evaluation.rows import AttackRow
 from advrad_fast.evaluation.spread import RETRIES, map_tasks
 
@@ -144,10 +145,8 @@ def test_attacks_have_the_same_rows(cluster: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     model = small_model()
     data = load_dataset(dataset(tmp_path / "discs", train=1, good=2, bad=2, size=32))
-    detector, setup = (
-        Detector(model, backend="cpu", threads=1),
-        partial(Detector, prepared_model(model), backend="cpu", threads=1),
-    )
+    make = partial(Detector, backend="cpu", threads=1)
+    detector = make(model)
     settings = RobustSettings(attacks=("pgd", "square"), steps=3, eot=2, queries=4, sanity=0)
 
     class Stopped(Exception):
@@ -167,10 +166,10 @@ def test_attacks_have_the_same_rows(cluster: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)  # as a worker has it: sums differ in their last bits by the number of threads
     try:
         here = run("here")
-        there = run("there", ray=cluster, setup=setup)
+        there = run("there", ray=cluster, make=make)
         with pytest.raises(Stopped):
-            run("half", ray=cluster, setup=setup, on_step=stop)
-        half = run("half", ray=cluster, setup=setup)
+            run("half", ray=cluster, make=make, on_step=stop)
+        half = run("half", ray=cluster, make=make)
     finally:
         torch.set_num_threads(threads)
     assert here == there == half
@@ -179,5 +178,5 @@ def test_attacks_have_the_same_rows(cluster: str, tmp_path: Path) -> None:
             images = {(tmp_path / name / row.file).read_bytes() for name in ("here", "there", "half")}
             assert len(images) == 1
     assert sum(row.file is not None for row in here) == 16
-    with pytest.raises(ConfigError, match="setup"):
+    with pytest.raises(ConfigError, match="make"):
         run("none", ray=cluster)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import BackendUnavailableError, ConfigError, ImageError, InferenceError, ModelFileError, expected
+from advrad_fast.gpu_frames import GpuFrame
 from advrad_fast.philox import check_seed
 from advrad_fast.untrusted import kind
 
@@ -89,6 +90,29 @@ class Backend(Protocol):
             ImageError: the dtype or the shape is not the configured one.
             ConfigError: the seed is out of range.
             InferenceError: the engine failed, or returned something not finite.
+        """
+
+    def score_in_place(self, frame: GpuFrame, *, seed: int, want_maps: bool) -> Scores | None:
+        """Score a frame that lies on the backend's GPU, where it lies.
+
+        Args:
+            frame: read until this returns, and not afterwards.
+            seed, want_maps: as for :meth:`score`.
+
+        Returns:
+            What :meth:`score` gives for the same pixels, bit for bit; None for a frame that has to be prepared first
+            (:func:`advrad_fast.images.is_prepared`).
+
+        Raises:
+            ImageError: it is no valid frame, on another GPU, or the backend is none of a GPU.
+            ConfigError, InferenceError: as for :meth:`score`.
+        """
+
+    def download(self, frame: GpuFrame) -> NDArray[np.uint8]:
+        """uint8 (H, W, C), a copy on the host of a frame that lies on the backend's GPU.
+
+        Raises:
+            ImageError, InferenceError: as for :meth:`score_in_place`.
         """
 
     def votes(
@@ -192,14 +216,32 @@ class FrameBackend(ABC):
         for i in range(len(images)):
             only = None if maps is None else maps[i : i + 1]
             frame = self._frame(np.ascontiguousarray(images[i : i + 1]), seed, only)
-            if not np.isfinite(frame.score):
-                raise InferenceError(expected(f"images[{i}]: score", "a finite number", frame.score))
+            check_frame(f"images[{i}]", frame, only)
             scores[i] = frame.score
-            if only is not None and not np.isfinite(only).all():
-                raise InferenceError(f"images[{i}]: expected a finite anomaly map, got {only.size} values with NaN or infinity")
             for name in timings:
                 timings[name] += frame.timings[name]
         return Scores(scores, maps, timings)
+
+    def score_in_place(self, frame: GpuFrame, *, seed: int, want_maps: bool) -> Scores | None:
+        """See :meth:`Backend.score_in_place`; here for backends that read the host's memory."""
+        raise self._not_here(frame)
+
+    def download(self, frame: GpuFrame) -> NDArray[np.uint8]:
+        """See :meth:`Backend.download`."""
+        raise self._not_here(frame)
+
+    def _not_here(self, frame: GpuFrame) -> ImageError:
+        wanted = f"an array in the host's memory for the {self.name} backend"
+        advice = "copy it there (CuPy: cupy.asnumpy(frame), PyTorch: frame.cpu()), or load the detector with backend='cuda'"
+        return ImageError(f"{expected('frame', wanted, str(frame))}; {advice}")
+
+
+def check_frame(name: str, frame: Frame, maps: Array | None) -> None:
+    """Raises an InferenceError unless the score and the map, if there is one, are finite."""
+    if not np.isfinite(frame.score):
+        raise InferenceError(expected(f"{name}: score", "a finite number", frame.score))
+    if maps is not None and not np.isfinite(maps).all():
+        raise InferenceError(f"{name}: expected a finite anomaly map, got {maps.size} values with NaN or infinity")
 
 
 def check_threads(threads: object) -> int | None:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import weakref
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 from advrad_fast.backends import cache
 from advrad_fast.backends import tensorrt_engine as engines
-from advrad_fast.backends.base import Array, BackendStatus, Frame, FrameBackend, Votes, milliseconds, now
+from advrad_fast.backends.base import Array, BackendStatus, Frame, FrameBackend, Scores, Votes, check_frame, milliseconds, now
+from advrad_fast.backends.cuda_lane import Lane
 from advrad_fast.backends.cuda_lanes import open_lanes
 from advrad_fast.backends.cuda_options import kernels_folder, typed_precision
 from advrad_fast.backends.cuda_session import Plan, Where
@@ -22,7 +24,9 @@ from advrad_fast.backends.cuda_votes import CudaVotes
 from advrad_fast.backends.tensorrt_library import Library
 from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import BackendUnavailableError, ConfigError, InferenceError, KernelFileError, expected
+from advrad_fast.gpu_frames import GpuFrame
 from advrad_fast.graph import check_weights
+from advrad_fast.images import is_prepared
 from advrad_fast.kernels.manifest import FILE, read_manifest
 from advrad_fast.philox import check_seed
 
@@ -81,13 +85,26 @@ class CudaBackend(FrameBackend):
         with self._lanes.lane() as lane:
             np.copyto(lane.frame, image[0])
             lane.submit(seed, maps=maps is not None)
-            lane.wait()
-            score = float(lane.scores[0])
-            if not np.isfinite(score):  # a NaN may live on in an engine's memory: such a lane is given up
-                raise InferenceError(expected("score", "a finite number", score))
-            if maps is not None:
-                np.copyto(maps[0], lane.map)
-        return Frame(score, {"device": milliseconds(start, now())})
+            return _result(lane, maps, start)
+
+    def score_in_place(self, frame: GpuFrame, *, seed: int, want_maps: bool) -> Scores | None:
+        """See :meth:`Backend.score_in_place`: no copy, but on the GPU where the frame's address is no multiple of 16."""
+        seed = check_seed(seed)
+        start = now()
+        with ExitStack() as lent, self._lanes.lane() as lane:  # the lane is done, or given up, when the frame is let go
+            pixels = lane.take(frame, lent)
+            if not is_prepared(pixels.shape, self._config.image):
+                return None
+            maps = np.empty((1, *pixels.shape[:2]), dtype=np.float32) if want_maps else None
+            lane.submit(seed, maps=want_maps, upload=False, images=lane.placed(pixels))
+            found = _result(lane, maps, start)
+        check_frame("frame", found, maps)
+        return Scores(np.array([found.score], dtype=np.float32), maps, found.timings)
+
+    def download(self, frame: GpuFrame) -> NDArray[np.uint8]:
+        """See :meth:`Backend.download`."""
+        with ExitStack() as lent, self._lanes.lane() as lane:
+            return lane.download(lane.take(frame, lent))
 
     def votes(
         self, config: DetectorConfig, weights: Mapping[str, Array], mu: Array, inverse_spread: Array, *, sigma: float
@@ -134,6 +151,17 @@ class CudaBackend(FrameBackend):
     def close(self) -> None:
         """Give the GPU's memory back; later frames are refused.  Closing twice is fine."""
         self._close()
+
+
+def _result(lane: Lane, maps: Array | None, start: float) -> Frame:
+    """Waits for what was submitted at ``start``; its map goes to ``maps`` (1, H, W), if given."""
+    lane.wait()
+    score = float(lane.scores[0])
+    if not np.isfinite(score):  # a NaN may live on in an engine's memory: such a lane is given up
+        raise InferenceError(expected("score", "a finite number", score))
+    if maps is not None:
+        np.copyto(maps[0], lane.map)
+    return Frame(score, {"device": milliseconds(start, now())})
 
 
 def status(kernels_dir: str | os.PathLike[str] | None = None, gpu: int = 0) -> BackendStatus:

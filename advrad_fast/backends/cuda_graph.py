@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import suppress
-from functools import cache
 from typing import Any
 
+from advrad_fast.backends.cuda_driver import call
 from advrad_fast.errors import InferenceError
 from advrad_fast.kernels.launcher import PreparedLaunch
 
@@ -28,28 +28,6 @@ class _KernelNode(ctypes.Structure):
         ("parameters", ctypes.c_void_p),
         ("extra", ctypes.c_void_p),
     )
-
-
-@cache
-def _entry_point(name: str) -> Any:
-    return getattr(ctypes.CDLL("libcuda.so.1"), name)
-
-
-def call(name: str, *arguments: Any) -> None:
-    """Call an entry point of libcuda; handles and addresses are ints.
-
-    Raises:
-        InferenceError: it gave an error, or this driver has no such entry point.
-    """
-    try:
-        function = _entry_point(name)
-    except (OSError, AttributeError) as error:
-        raise InferenceError(f"cuda: this driver has no {name}: {error}") from error
-    code = function(*[ctypes.c_void_p(argument) if type(argument) is int else argument for argument in arguments])
-    if code:
-        text = ctypes.c_char_p()
-        _entry_point("cuGetErrorString")(code, ctypes.byref(text))
-        raise InferenceError(f"cuda: {name} failed: {(text.value or b'an unknown error').decode()}")
 
 
 class Capture:

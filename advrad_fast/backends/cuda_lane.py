@@ -9,21 +9,24 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from advrad_fast.backends.base import Array
+from advrad_fast.backends.cuda_driver import Order, check_memory
 from advrad_fast.backends.cuda_graph import Capture, Graph
 from advrad_fast.backends.cuda_session import Session, current, layout
 from advrad_fast.errors import BackendUnavailableError, ConfigError, InferenceError
+from advrad_fast.gpu_frames import GpuFrame, Pixels
 from advrad_fast.kernels.launcher import PreparedLaunch, open_gpu
 
 STEPS = ("copy_in", "noise", "network", "error", "copy_out")
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no waiting for other libraries' default stream
+_ALIGNMENT = 16  # bytes, of a frame: kernels read it in pieces so long
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _log = logging.getLogger(__name__)
 
@@ -51,6 +54,7 @@ class Lane:
         self._memory: Any = None
         self._stream: Any = None
         self._execution: Any = None
+        self._order: Order | None = None
         self._launches: dict[str, PreparedLaunch] = {}
         self.gpu = open_gpu(session.where.ordinal)
         try:
@@ -111,7 +115,7 @@ class Lane:
             seed, first_draw: of the noise.
             maps: also compute the map.
             upload: copy :attr:`frame` to the GPU first.
-            images: the frame's address on the GPU, a multiple of 16, where it is not the lane's own.
+            images: the frame's address on the GPU (:meth:`placed`), where it is not the lane's own.
 
         Raises:
             InferenceError: TensorRT or the driver failed.
@@ -134,6 +138,39 @@ class Lane:
             graph.update()
             self._given[key] = now
         graph.launch(self._stream.handle)
+
+    def take(self, frame: GpuFrame, lent: ExitStack) -> Pixels:
+        """A frame on this GPU, ready for what is enqueued from now on; the context is current.
+
+        Args:
+            lent: gives back what was borrowed; close it when that work is done.
+
+        Raises:
+            ImageError: it is no such frame.
+            InferenceError: the driver failed.
+        """
+        ordinal = self.session.where.ordinal
+        pixels = frame.open(self._stream.handle, ordinal, lent)
+        check_memory(pixels.address, pixels.nbytes, ordinal)
+        if pixels.stream is not None:
+            if self._order is None:
+                self._order = Order()
+            self._order.wait(self._stream.handle, pixels.stream)
+        return pixels
+
+    def placed(self, pixels: Pixels) -> int:
+        """Where kernels read a frame of the network's size: where it is, or in the lane's memory if that is misaligned."""
+        if pixels.address % _ALIGNMENT == 0:
+            return pixels.address
+        self.gpu.cuda.memcpy_dtod_async(self._at["images"], pixels.address, pixels.nbytes, self._stream)
+        return self._at["images"]
+
+    def download(self, pixels: Pixels) -> NDArray[np.uint8]:
+        """uint8 (H, W, C), a frame's copy on the host."""
+        image = np.empty(pixels.shape, np.uint8)
+        self.gpu.cuda.memcpy_dtoh_async(image, pixels.address, self._stream)
+        self.wait()
+        return image
 
     def wait(self) -> None:
         """Until the frame is done: the one time that the host waits.
@@ -217,6 +254,8 @@ class Lane:
                     if graph is not None:
                         graph.close()
                 self._graphs, self._launches, self._execution, self._stream = {}, {}, None, None
+                if self._order is not None:
+                    self._order.close()
                 pinned = [
                     array.base for array in (self.__dict__.pop(name, None) for name in ("frame", "_host")) if array is not None
                 ]

@@ -16,7 +16,7 @@ import numpy as np
 from advrad_fast.backends.base import Array
 from advrad_fast.backends.cuda_lane import Lane
 from advrad_fast.backends.cuda_session import Plan, Session, Where, current
-from advrad_fast.errors import BackendUnavailableError, InferenceError
+from advrad_fast.errors import BackendUnavailableError, ImageError, InferenceError
 
 
 class _Slot:
@@ -57,7 +57,7 @@ class Lanes:
 
     @contextmanager
     def lane(self) -> Iterator[Lane]:
-        """This thread's lane, with its context current; it is given up if the body fails.
+        """This thread's lane, with its context current; it is given up if the body fails, but for an ImageError.
 
         Raises:
             InferenceError: there is none to be had, or the body raised it.
@@ -88,6 +88,8 @@ class Lanes:
             finally:
                 for lane in lanes:
                     lane.lock.release()
+        except ImageError:  # a frame's own fault, found before it was enqueued
+            raise
         except BaseException:
             self._give_up(lanes)
             raise

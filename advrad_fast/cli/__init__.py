@@ -13,14 +13,14 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from advrad_fast import __version__
-from advrad_fast.cli import backends, bench, certification, compilation, demo, evaluation, inspection, stream, train
+from advrad_fast.cli import backends, bench, certification, compilation, demo, evaluation, inspection, stream, train, watch
 from advrad_fast.cli.common import FAILED, FOUND, OK, say
 from advrad_fast.errors import AdvRADError
 
 __all__ = ["FAILED", "FOUND", "OK", "main"]
 
 #: In the order of ``--help``.
-COMMANDS = (train, inspection, stream, certification, evaluation, compilation, bench, backends, demo)
+COMMANDS = (train, inspection, stream, watch, certification, evaluation, compilation, bench, backends, demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"advrad-fast: {error}")
     except ModuleNotFoundError as error:
         extras = {"torch": "[train]", "tqdm": "[train]", "triton": "[compile]", "cv2": "[line]", "harvesters": "[genicam]"}
-        extras |= {"paho": "[mqtt]", "prometheus_client": "[prometheus]"}
+        extras |= {"paho": "[mqtt]", "prometheus_client": "[prometheus]", "starlette": "[watch]", "uvicorn": "[watch]"}
         wanted = f"advrad-fast{extras.get((error.name or '').split('.')[0], '')}"
         say(f"advrad-fast: {error.name} is not installed; needed here: pip install '{wanted}'")
     except OSError as error:

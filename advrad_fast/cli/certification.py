@@ -110,6 +110,8 @@ def _fit(options: argparse.Namespace) -> int:
     from advrad_fast.training.dataset import load_split
 
     model: Any = ModelFile.load(options.model)
+    if model.tiling is not None:
+        raise ConfigError("--fit: expected a model that inspects whole frames, got one that inspects tiles")
     seed = 0 if options.seed is None else options.seed
     split = load_split(load_dataset(options.fit).train, model.config.image, seed)
     if split.data_hash != model.provenance.get("data_sha256"):

@@ -66,16 +66,23 @@ def _normals(options: argparse.Namespace, precision: str) -> tuple[Any, Any]:
     """The model, and calibration frames as it sees them: uint8 (N, H, W, C)."""
     import numpy as np
 
-    from advrad_fast.images import list_images, load_image, prepare
+    from advrad_fast.images import list_images, load_image, prepare, prepare_whole
     from advrad_fast.model import ModelFile
+    from advrad_fast.tiles import cut
 
     if not options.calibration:
         raise ConfigError(expected("--calibration", f"good frames, which {precision} needs", options.calibration))
     model = ModelFile.load(options.model)
     paths = list_images(options.calibration)
     chosen = paths[:: max(1, len(paths) // _CALIBRATION)][:_CALIBRATION]
-    images = np.stack([prepare(load_image(path), model.config.image).image for path in chosen])
-    say(f"calibrating on {len(images)} of {len(paths)} frames")
+    image = model.config.image
+    if model.tiling is None:
+        images = np.stack([prepare(load_image(path), image).image for path in chosen])
+    else:
+        size, rng = (image.height, image.width), np.random.default_rng(0)
+        each = -(-_CALIBRATION // len(chosen))
+        images = np.stack([t for path in chosen for t in cut(prepare_whole(load_image(path), image), size, each, rng)])
+    say(f"calibrating on {len(images)} images out of {len(chosen)} of {len(paths)} frames")
     return model, images
 
 

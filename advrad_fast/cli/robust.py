@@ -22,6 +22,9 @@ def options_of(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eot", type=int, help="noise draws a gradient is averaged over (default 8; 2 with --limit)")
     group.add_argument("--restarts", type=int, default=1, help="random starts of PGD (default 1)")
     group.add_argument("--queries", type=int, help="of the Square Attack (default 500; 100 with --limit)")
+    group.add_argument(
+        "--surfaces", help="some of prepared,camera (default both where the model aligns or brightens, else prepared)"
+    )
     group.add_argument("--limit", type=int, metavar="N", help="attack N good and N bad images only")
     group.add_argument("--sanity", type=int, default=2, metavar="N", help="try the sanity rules on N + N images (default 2)")
     group.add_argument("--transfer-model", type=Path, metavar="FILE", help="the model that 'transfer' attacks are made on")
@@ -32,8 +35,9 @@ def options_of(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, dataset: Any, detector: Any) -> Any:
     """Attack: a :class:`~advrad_fast.evaluation.report.Attack`."""
     from advrad_fast.detector import Detector
+    from advrad_fast.evaluation.attacker import RobustSettings
     from advrad_fast.evaluation.report import Attack
-    from advrad_fast.evaluation.robust import RobustSettings, evaluate_robust, prepared_model
+    from advrad_fast.evaluation.robust import evaluate_robust
     from advrad_fast.model import ModelFile
 
     quick = options.limit is not None
@@ -50,16 +54,13 @@ def run(options: argparse.Namespace, dataset: Any, detector: Any) -> Any:
         queries=given(options.queries, 500, 100),
         limit=options.limit,
         sanity=options.sanity,
+        surfaces=None if options.surfaces is None else tuple(part.strip() for part in options.surfaces.split(",")),
         seed=options.seed,
     )
     folder = options.report or Path()
     results = options.results or folder / f"{options.model.stem}-{dataset.name}.robust.jsonl"
-    model, prepared = detector.model, None
     extra = {"precision": options.precision, "threads": options.threads, "cache_dir": options.cache}
     given_extra: dict[str, Any] = {key: value for key, value in extra.items() if value is not None}
-    setup = partial(Detector, prepared_model(model), backend=options.backend, **given_extra)
-    if model.config.image.pose is not None or model.config.image.brightness is not None:
-        prepared = setup()
     if ("transfer" in settings.attacks) != (options.transfer_model is not None):
         raise ConfigError("--transfer-model: expected a model file exactly where 'transfer' is among --attacks")
     other = None if options.transfer_model is None else ModelFile.load(options.transfer_model)
@@ -69,13 +70,12 @@ def run(options: argparse.Namespace, dataset: Any, detector: Any) -> Any:
         results,
         settings,
         name=options.model.stem,
-        prepared=prepared,
+        make=partial(Detector, backend=options.backend, **given_extra),
         other=other,
         device=options.device,
         keep=options.report is not None,
         on_step=_Eta(),
         ray=options.ray,
-        setup=setup,
     )
     say(f"rows: {results}")
     return Attack(rows, summary, results.parent)

@@ -6,8 +6,8 @@ import argparse
 import re
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,10 +20,15 @@ def add(command: Adder) -> None:
     """Add the command."""
     parser = command(
         "stream",
-        _stream,
+        run,
         "Inspect what a source gives until it ends, Ctrl-C or SIGTERM: exit code 0 if all was OK, 1 if a part was not, 2 if a"
         " frame could not be inspected, the source failed or a result could not be stored.",
     )
+    stream_options(parser)
+
+
+def stream_options(parser: argparse.ArgumentParser) -> None:
+    """What is inspected, with what, and where the results go."""
     model_options(parser)
     source_options(parser)
     parser.add_argument("--jsonl", type=Path, metavar="FILE", help="append results as JSON lines; - for standard output")
@@ -96,7 +101,12 @@ def _sinks(options: argparse.Namespace) -> Iterator[Any]:
         yield sinks.Prometheus(options.prometheus)
 
 
-def _stream(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, make_page: Callable[[], Any] | None = None) -> int:
+    """Inspect as :func:`stream_options` say, and return the exit code.
+
+    Args:
+        make_page: makes the :class:`~advrad_fast.line.watch.WatchPage` that shows it.
+    """
     import json
 
     from advrad_fast.detector import Outcome
@@ -108,15 +118,22 @@ def _stream(options: argparse.Namespace) -> int:
     detector = load_detector(options)
     if options.threshold is not None:
         detector.threshold = options.threshold
-    stream = InspectionStream(
-        detector,
-        source,
-        deadline_ms=options.deadline_ms or None,
-        policy=options.policy,
-        sinks=list(_sinks(options)),
-        maps=False,
-    )
-    with stream, _ended_by_signals(stream):
+    with ExitStack() as stack:
+        sinks = list(_sinks(options))
+        page = None if make_page is None else stack.enter_context(make_page())
+        stream = InspectionStream(
+            detector,
+            source,
+            deadline_ms=options.deadline_ms or None,
+            policy=options.policy,
+            sinks=sinks if page is None else [*sinks, page],  # last: it shows what the others refused
+            maps=page is not None,
+        )
+        if page is not None:
+            page.attach(stream)
+            say(f"the page is at {page.sign_in_url}")
+        stack.enter_context(stream)
+        stack.enter_context(_ended_by_signals(stream))
         say(f"inspecting {stream.source}; Ctrl-C ends it")
         for count, result in enumerate(stream, 1):
             if str(options.jsonl) == "-":

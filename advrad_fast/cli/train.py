@@ -16,6 +16,9 @@ def add(command: Adder) -> None:
     parser.add_argument("--preset", default="fast", help="fast (CPUs, line rates) or paper (the paper's scale, for GPUs)")
     parser.add_argument("--size", type=int, default=256, help="the input has about SIZE x SIZE pixels (default 256)")
     parser.add_argument("--align", choices=("auto", "on", "off"), default="auto", help="lay the part level first (default auto)")
+    parser.add_argument("--tile", type=int, metavar="N", help="for large frames: train on, and inspect in, tiles of N x N pixels")
+    parser.add_argument("--overlap", type=int, help="with --tile: of neighbouring tiles, in pixels (default N / 8)")
+    parser.add_argument("--fixed", action="store_true", help="with --tile: every frame shows the same thing at the same place")
     parser.add_argument("--grey", action="store_true", default=None, help="one channel (default: where all images are grey)")
     parser.add_argument("--brightness", type=float, help="scale every image to this median grey level in (0, 1)")
     parser.add_argument("--flip", choices=("h", "v", "hv"), default="", help="augment with mirror images of a symmetric part")
@@ -74,6 +77,9 @@ def _train(options: argparse.Namespace) -> int:
         note=options.note,
         certify=options.certify,
         certify_radius=options.radius,
+        tile=options.tile,
+        overlap=options.overlap,
+        fixed=options.fixed,
     )
     if model is not None:
         say(f"wrote {options.out}: threshold {model.threshold:.6g} for a false-alarm rate of {model.false_alarm_rate:.3g}")

@@ -5,6 +5,7 @@ OpenCV and harvesters are loaded by the sources that need them, when they are ma
 
 from advrad_fast.line.backoff import Backoff
 from advrad_fast.line.camera import Camera, VideoFile
+from advrad_fast.line.drift import Direction, Drift, DriftState
 from advrad_fast.line.folder import WatchedFolder
 from advrad_fast.line.frames import IDLE, Calls, Frame, Frames, Source
 from advrad_fast.line.genicam import GenicamCamera
@@ -15,6 +16,9 @@ __all__ = [
     "Backoff",
     "Calls",
     "Camera",
+    "Direction",
+    "Drift",
+    "DriftState",
     "Frame",
     "Frames",
     "GenicamCamera",

@@ -122,8 +122,7 @@ def load_split(paths: Sequence[Path], config: ImageConfig, seed: int) -> Split:
         DatasetError: fewer than ``MIN_IMAGES`` images, or too many without a part.
         ImageError: an image that can't be read.
     """
-    if len(paths) < MIN_IMAGES:
-        raise DatasetError(expected("good images", f"at least {MIN_IMAGES}", len(paths)))
+    check_count(paths)
     digest, prepared, lost = hashlib.sha256(), [], []
     for path in paths:
         image = load_image(path)
@@ -138,8 +137,19 @@ def load_split(paths: Sequence[Path], config: ImageConfig, seed: int) -> Split:
             f"no part was found in {len(lost)} of {len(paths)} good images, {lost[0]} among them; train with align='off'"
         )
     images = np.stack(prepared)
-    order = np.random.default_rng(seed).permutation(len(images))
-    calibration = max(round(0.15 * len(images)), min(20, len(images) // 4))
-    selection = max(round(0.10 * len(images)), min(10, len(images) // 6))
-    parts = np.split(order, [calibration, calibration + selection])
-    return Split(images[parts[2]], images[parts[1]], images[parts[0]], digest.hexdigest())
+    calibration, selection, train = split_order(len(images), seed)
+    return Split(images[train], images[selection], images[calibration], digest.hexdigest())
+
+
+def check_count(paths: Sequence[Path]) -> None:
+    """A DatasetError for fewer than ``MIN_IMAGES`` good images."""
+    if len(paths) < MIN_IMAGES:
+        raise DatasetError(expected("good images", f"at least {MIN_IMAGES}", len(paths)))
+
+
+def split_order(count: int, seed: int) -> list[NDArray[np.int64]]:
+    """Which of ``count`` normals are for calibration, for selection and for training: disjoint indices."""
+    order = np.random.default_rng(seed).permutation(count)
+    calibration = max(round(0.15 * count), min(20, count // 4))
+    selection = max(round(0.10 * count), min(10, count // 6))
+    return np.split(order, [calibration, calibration + selection])

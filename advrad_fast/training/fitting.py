@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from advrad_fast.config import DetectorConfig, ScoreConfig
+from advrad_fast.config import SPREAD_FLOOR, DetectorConfig, ScoreConfig
 from advrad_fast.evaluation.metrics import auroc, auroc_interval
 from advrad_fast.reference import diffusion, score
 from advrad_fast.reference.unet import UNet
@@ -34,7 +34,6 @@ DEFECTS_A_NORMAL = 4
 ONE_SIGMA = 0.6827  # two-sided coverage of one standard error
 FITTED = 60  # training normals that a trial's maps are made of
 FOLDED = 48  # training normals whose batch statistics are folded into the network
-SPREAD_FLOOR = 0.5  # share of the spread's mean
 
 #: The noise of fitting: an image id for every image, away from inspection's id 0.
 FIT_SEED = 0x5EED

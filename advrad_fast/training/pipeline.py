@@ -16,15 +16,16 @@ from torch import Tensor
 
 from advrad_fast import calibrate, schedule
 from advrad_fast.config import DetectorConfig, DiffusionConfig, ImageConfig, UNetConfig
-from advrad_fast.errors import TrainingError
+from advrad_fast.errors import ConfigError, TrainingError, expected
 from advrad_fast.evaluation.datasets import Dataset, load_dataset
 from advrad_fast.model import ModelFile, Scalar, round_to_half
 from advrad_fast.reference.unet import UNet
 from advrad_fast.training import certify as certification
-from advrad_fast.training import fitting
+from advrad_fast.training import fitting, tiles
 from advrad_fast.training.batchnorm import training_network
 from advrad_fast.training.dataset import Align, Split, image_config, load_samples, load_split
 from advrad_fast.training.settings import Preset, TrainSettings, preset, replace
+from advrad_fast.training.tiles import Tiled, load_tiles
 from advrad_fast.training.trainer import Trainer, distributed
 
 _log = logging.getLogger(__name__)
@@ -56,6 +57,9 @@ def train(
     note: str | None = None,
     certify: Sequence[float] | None = None,
     certify_radius: float | None = None,
+    tile: int | None = None,
+    overlap: int | None = None,
+    fixed: bool = False,
 ) -> ModelFile | None:
     """Train a detector on a folder of good parts and write its model file.
 
@@ -74,9 +78,12 @@ def train(
         settings: changes to the preset's :class:`TrainSettings`.
         note: stored in the model file (a licence, an origin).
         certify: sigmas to certify at (:mod:`advrad_fast.training.certify`); None for those of
-            :data:`advrad_fast.training.certify.SIGMAS` whose timesteps are trained on.
+            :data:`advrad_fast.training.certify.SIGMAS` whose timesteps are trained on; none with ``tile``.
         certify_radius: set their thresholds so that good parts are certified OK at this radius, at alpha 0.001; None: so that the
             smoothed detector takes them for good.
+        tile: train on square tiles of this side, cut from the images at their own resolution, and make a model that inspects
+            whole frames in such tiles; ``size`` and ``align`` do not count then.
+        overlap, fixed: with ``tile``: :class:`advrad_fast.training.tiles.Tiled`.
 
     Returns:
         the model, or None in the processes of a ``torchrun`` other than the first.
@@ -93,9 +100,17 @@ def train(
     calibrate.normals_needed(false_alarm_rate)
     rank, world_size = distributed()
     paths = (data if isinstance(data, Dataset) else load_dataset(data)).train
-    samples = load_samples(paths)
+    tiled = None if tile is None else Tiled(tile, overlap, fixed)
+    if tiled is None and (overlap is not None or fixed):
+        raise ConfigError(expected("tile", "a tile's side, as overlap or fixed is given", tile))
+    if tiled is not None and (certify or certify_radius is not None or align == "on"):
+        raise ConfigError(expected("tile", "None, as a model of tiles neither certifies nor aligns", tile))
+    samples = load_samples(paths) if tiled is None else load_samples(paths, 8)  # large ones
     net = _network(chosen, samples, {"prediction": prediction, "patch": patch, **(unet or {})}, grey=grey)
-    image = image_config(samples, net, size=size, align=align, brightness=brightness)
+    if tiled is None:
+        image = image_config(samples, net, size=size, align=align, brightness=brightness)
+    else:
+        image = tiled.image_config(net, brightness)
     if (
         preset_name == "fast"
         and patch is None
@@ -105,14 +120,22 @@ def train(
         net = dataclasses.replace(net, patch=2)
     diffusion = DiffusionConfig(draws=draws if draws is not None else 1, timestep=min(100, train_settings.timestep_high))
     config = DetectorConfig(net, diffusion, chosen.score, image)
-    sigmas = _sigmas(diffusion, train_settings) if certify is None else certification.check_sigmas(certify, diffusion)
-    if certify_radius is not None:
-        for sigma in sigmas:
-            certification.check_radius(config, sigma, certify_radius)
-    split = load_split(paths, image, train_settings.seed)
+    sigmas: tuple[float, ...] = ()
+    frames = None
+    if tiled is not None:
+        frames = load_tiles(paths, image, train_settings.seed, fixed=tiled.fixed)
+        split = frames.tiles
+    else:
+        sigmas = _sigmas(diffusion, train_settings) if certify is None else certification.check_sigmas(certify, diffusion)
+        if certify_radius is not None:
+            if not sigmas:
+                raise ConfigError(expected("certify_radius", "None, as there is no sigma to certify at", certify_radius))
+            for sigma in sigmas:
+                certification.check_radius(config, sigma, certify_radius)
+        split = load_split(paths, image, train_settings.seed)
     _log.info(
-        "%d good images: %d to train on, %d to choose settings on, %d to calibrate on; input %d x %d x %d, patch %d%s",
-        len(paths), len(split.train), len(split.selection), len(split.calibration),
+        "%d good images: %d%s to train on, %d to choose settings on, %d to calibrate on; input %d x %d x %d, patch %d%s",
+        len(paths), len(split.train), "" if tiled is None else " tiles", len(split.selection), len(split.calibration),
         image.height, image.width, image.channels, net.patch, ", aligned" if image.pose else "",
     )  # fmt: skip
 
@@ -125,7 +148,7 @@ def train(
         return None
     model = fit(
         weights,
-        split,
+        split if frames is None else frames.fitted(),
         config,
         false_alarm_rate=false_alarm_rate,
         half=half,
@@ -145,6 +168,8 @@ def train(
             **({"note": note} if note else {}),
         },
     )
+    if tiled is not None and frames is not None:
+        model = tiles.finish(model, frames, tiled, false_alarm_rate)
     model.save(out, half=half)
     checkpoint.unlink(missing_ok=True)
     return model

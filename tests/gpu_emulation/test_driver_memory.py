@@ -240,3 +240,26 @@ def test_stream_ordered_memory(driver: FakeDriver, cuda: Any) -> None:
     assert driver.counters.frees == 0
     stream.synchronize()
     assert (host == 5).all() and driver.counters.frees == 1
+
+
+def asked(pointer: int) -> tuple[int, ...]:
+    """Memory type, device pointer, ordinal, start and size of the range."""
+    places = [ctypes.c_uint64() for _ in range(5)]
+    addresses, names = (ctypes.c_void_p * 5)(*map(ctypes.addressof, places)), (ctypes.c_int * 5)(2, 3, 9, 11, 12)
+    assert call("cuPointerGetAttributes", 5, ctypes.addressof(names), ctypes.addressof(addresses), pointer) == Code.SUCCESS
+    return tuple(place.value for place in places)
+
+
+def test_what_a_pointer_is(driver: FakeDriver, cuda: Any) -> None:
+    memory, pinned = cuda.mem_alloc(256), cuda.pagelocked_empty(100, np.uint8)
+    start, host = int(memory), pinned.ctypes.data
+    assert asked(start + 16) == (2, start + 16, 0, start, 256)
+    assert asked(host + 4) == (1, host + 4, 0, host, 100)
+    memory.free()
+    assert asked(start) == asked(4096) == (0, 0, 0, 0, 0)
+
+
+def test_unknown_attributes_of_a_pointer(driver: FakeDriver, cuda: Any) -> None:
+    name = ctypes.c_int(1)  # CU_POINTER_ATTRIBUTE_CONTEXT
+    assert call("cuPointerGetAttributes", 1, ctypes.addressof(name), 0, 4096) == Code.NOT_SUPPORTED
+    assert driver.take_faults() == ["cuPointerGetAttributes(1) is not supported by the fake driver"]

@@ -133,6 +133,17 @@ def test_host_functions_run_in_order_and_may_not_call_cuda(driver: FakeDriver, c
     assert seen == [(77, 8, Code.NOT_PERMITTED)]
 
 
+def test_default_streams_of_threads(driver: FakeDriver, cuda: Any, place: Any, host: Any) -> None:
+    """Each thread has one, in order with itself and with the legacy default stream."""
+    per_thread = 2
+    assert call("cuMemsetD32Async", int(place), 5, N, per_thread) == Code.SUCCESS
+    fill(cuda, place, 6, None)
+    assert call("cuMemcpyDtoHAsync_v2", host.ctypes.data, int(place), host.nbytes, per_thread) == Code.SUCCESS
+    assert (host == 0xFFFFFFFF).all()
+    assert call("cuStreamSynchronize", per_thread) == Code.SUCCESS
+    assert (host == 6).all()
+
+
 def test_a_stream_of_another_context(driver: FakeDriver, cuda: Any, place: Any) -> None:
     other = cuda.Device(0).make_context()
     stream = cuda.Stream()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -53,7 +55,8 @@ class ScorePipeline:
         with torch.device("meta"):
             network = UNet(config.unet)
         network.load_state_dict({name: _tensor(array) for name, array in model.weights.items()}, assign=True)
-        self.network = network.eval().requires_grad_(False).to(self.device)
+        # Channels last: an eighth less time for a gradient on CPUs, and GPUs prefer it as well.
+        self.network = network.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.config: DetectorConfig = config
         self.mu = _tensor(model.mu).to(self.device)
         self.inverse_spread = _tensor(model.inverse_spread).to(self.device)
@@ -61,10 +64,17 @@ class ScorePipeline:
         self.timestep = config.diffusion.timestep
         self.draws = config.diffusion.draws
         self.shape = (config.image.channels, config.image.height, config.image.width)
+        self._preparation: Callable[[Tensor], Tensor] | None = None
+
+    def through(self, preparation: Callable[[Tensor], Tensor]) -> Self:
+        """The same pipeline for what ``preparation`` makes into the images that the noise is added to, such as camera frames."""
+        made = copy.copy(self)
+        made._preparation = preparation
+        return made
 
     def prepared(self, images: Tensor) -> Tensor:
-        """The images that the noise is added to, from those that are attacked: here the same."""
-        return images
+        """The images that the noise is added to, from those that are attacked: the same, but for :meth:`through`."""
+        return images if self._preparation is None else self._preparation(images)
 
     def draw(self, generators: Sequence[torch.Generator], count: int) -> Tensor:
         """The attacker's own noise: float32 (N, count, draws, C, H, W), for each image from its own generator."""

@@ -57,6 +57,7 @@ SIGNATURES: dict[str, str] = {
     "cuMemFreeAsync": "pp",
     "cuMemGetInfo_v2": "pp",
     "cuMemGetAddressRange_v2": "ppp",
+    "cuPointerGetAttributes": "uppp",
     "cuMemHostAlloc": "ppu",
     "cuMemFreeHost": "p",
     "cuMemHostGetDevicePointer_v2": "ppu",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 DEVICE_MAP = 2  # CU_MEMHOSTALLOC_DEVICEMAP
+HOST_MEMORY, DEVICE_MEMORY = 1, 2  # CU_MEMORYTYPE_*
+#: Memory type, device pointer, device ordinal, start and size of the range.
+POINTER_ATTRIBUTES: dict[int, Any] = {
+    2: ctypes.c_uint32,
+    3: ctypes.c_uint64,
+    9: ctypes.c_int32,
+    11: ctypes.c_uint64,
+    12: ctypes.c_uint64,
+}
 
 
 @dataclass
@@ -155,6 +164,26 @@ class Allocations:
             ctypes.c_uint64.from_address(base).value = allocation.address
         if size:
             ctypes.c_uint64.from_address(size).value = allocation.nbytes
+
+    def cuPointerGetAttributes(self, count: int, attributes: int, places: int, pointer: int) -> None:
+        """Of what is no memory of CUDA's it says 0 everywhere, and no error; it knows all GPUs' memory."""
+        current, found = self.driver.contexts.current().device, dict[int, int]()
+        for device, memory in enumerate(self.driver.devices.memories):
+            allocation = memory.find(pointer)
+            if allocation is not None:
+                # As without access between GPUs: an address that kernels can use, for the device's own contexts.
+                usable = pointer if device == current else 0
+                found = {2: DEVICE_MEMORY, 3: usable, 9: device, 11: allocation.address, 12: allocation.nbytes}
+        pinned = [memory for memory in self._host.values() if memory.address <= pointer < memory.address + memory.nbytes]
+        for memory in pinned:
+            found = {2: HOST_MEMORY, 3: pointer, 9: memory.context.device, 11: memory.address, 12: memory.nbytes}
+        for i in range(count):
+            attribute = ctypes.c_int32.from_address(attributes + 4 * i).value
+            if attribute not in POINTER_ATTRIBUTES:
+                self.driver.lacks(f"cuPointerGetAttributes({attribute})")
+                raise Refused(Code.NOT_SUPPORTED, f"attribute {attribute}")
+            place = ctypes.c_uint64.from_address(places + 8 * i).value
+            POINTER_ATTRIBUTES[attribute].from_address(place).value = found.get(attribute, 0)
 
     # Pinned host memory
 

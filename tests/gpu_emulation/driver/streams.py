@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -91,6 +92,7 @@ class Streams:
         self.driver = driver
         self.host_functions = 0  # how many ran
         self._numbers = itertools.count(1)
+        self._per_thread: dict[tuple[int, int], Stream] = {}
 
     def find(self, handle: int) -> Stream:
         """The stream of a handle, 0 for the default one, in a context that is fit for use."""
@@ -98,12 +100,20 @@ class Streams:
         if handle in (0, LEGACY):
             return context.legacy
         if handle == PER_THREAD:
-            self.driver.lacks("per-thread default stream")
-            raise Refused(Code.NOT_SUPPORTED, "per-thread default stream")
+            return self._of_this_thread(context)
         stream: Stream = self.driver.get(handle, Stream)
         if stream.context is not context:
             raise Refused(Code.INVALID_HANDLE, f"{stream} belongs to another context than the current one")
         return stream
+
+    def _of_this_thread(self, context: Context) -> Stream:
+        """Its default stream, where it asks for one of its own: one that blocks."""
+        key = threading.get_ident(), context.handle
+        if key not in self._per_thread:
+            stream = self._per_thread[key] = Stream(self.driver, context, blocking=True)
+            stream.owned = False
+            context.streams.append(stream)
+        return self._per_thread[key]
 
     def submit(self, stream: Stream, work: Work) -> None:
         """Enqueues work, or records it where the stream is being captured."""

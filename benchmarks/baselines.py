@@ -1,0 +1,167 @@
+"""What others do under the attacks that AdvRAD is measured with: an autoencoder, plain and adversarially trained, and a purifier.
+
+    python benchmarks/baselines.py screw/ --work runs/ --limit 10 --out benchmarks/results/baselines.jsonl
+    python benchmarks/baselines.py --table benchmarks/results/baselines.jsonl
+
+Each detector is trained on the data's normals, prepared as AdvRAD's are, and kept in the work folder; each row is one detector
+under one budget.  Rows that are there are not computed again.  Runs alone: PyTorch on all cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from advrad_fast import images
+from advrad_fast.bench.timing import commit, machine
+from advrad_fast.evaluation import metrics
+from advrad_fast.evaluation.attacks.pgd import PGD, pgd
+from advrad_fast.evaluation.attacks.pipeline import generator
+from advrad_fast.evaluation.baselines.autoencoder import Autoencoder, AutoencoderSettings
+from advrad_fast.evaluation.baselines.base import Baseline, as_tensor
+from advrad_fast.evaluation.baselines.purifier import Purifier
+from advrad_fast.evaluation.datasets import Dataset, load_dataset
+from advrad_fast.evaluation.robust import choose_samples
+from advrad_fast.evaluation.rows import Budget, append_line
+from advrad_fast.model import ModelFile
+from advrad_fast.training import pipeline
+
+BUDGETS = ("linf 2/255", "l2 0.2")
+STRENGTHS = (20, 60, 120, 180, 250)  # timesteps of the purifier; the network is trained on 20 to 260
+EPSILON = 2 / 255  # of the adversarial training
+
+
+def diffusion_model(data: Path, work: Path, steps: int) -> ModelFile:
+    """A network with GroupNorm, which denoises at every timestep it was trained on."""
+    file = work / f"{data.name}-groupnorm.safetensors"
+    if not file.exists():
+        pipeline.train(data, file, unet={"norm_groups": 32}, settings={"steps": steps, "seed": 0}, certify=())
+    return ModelFile.load(file)
+
+
+def autoencoder(normals: NDArray[np.uint8], data: Path, work: Path, steps: int, epsilon: float) -> Autoencoder:
+    """Trained, or as it was kept."""
+    file = work / f"{data.name}-{'adversarial' if epsilon else 'plain'}-autoencoder.safetensors"
+    if not file.exists():
+        # Adversarial training costs three passes for an attack of two steps: as long, it sees a third of the batches.
+        made = Autoencoder(AutoencoderSettings(steps=steps // 3 if epsilon else steps, epsilon=epsilon, attack_steps=2))
+        made.fit(normals, progress=True)
+        made.save(file)
+    return Autoencoder.load(file)
+
+
+def prepared(paths: list[Path], model: ModelFile) -> NDArray[np.uint8]:
+    return np.stack([images.prepare(images.load_image(path), model.config.image).image for path in paths])
+
+
+def detectors(data: Path, options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Baseline], ModelFile]]:
+    model = diffusion_model(data, options.work, options.diffusion_steps)
+    found: dict[float, Autoencoder] = {}
+
+    def encoder(epsilon: float) -> Autoencoder:
+        if epsilon not in found:
+            normals = prepared(load_dataset(data).train, model)
+            found[epsilon] = autoencoder(normals, data, options.work, options.steps, epsilon)
+        return found[epsilon]
+
+    yield "autoencoder", lambda: encoder(0.0), model
+    yield "adversarially trained autoencoder", lambda: encoder(EPSILON), model
+    for t in STRENGTHS:
+        yield f"purifier, t = {t}", lambda t=t: Purifier.from_model(model, encoder(0.0), timestep=t, steps=options.denoise), model
+
+
+def run(
+    name: str, detector: Baseline, data: Dataset, model: ModelFile, budget: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Every image attacked and scored as uint8, with noise that the attack has not seen; each at its worst of both."""
+    samples = choose_samples(data, options.limit)
+    labels = np.array([s.label for s in samples])
+    lattice = prepared([s.path for s in samples], model)
+    deterministic = detector.noise_shape == (0,)
+    eot = 1 if deterministic else options.eot
+    start = time.monotonic()
+    clean, attacked = [], []
+    with torch.no_grad():
+        for image in lattice:
+            clean.append(float(detector.score(as_tensor(image[None]), 1)[0]))
+    for sample, image in zip(samples, lattice, strict=True):
+        settings = PGD(options.attack_steps, eot, checks=1 if deterministic else 8)
+        g = [generator("baseline", name, budget, sample.path.name, sample.defect)]
+        found = pgd(detector, image[None], [sample.label], Budget.parse(budget), settings, generators=g)  # type: ignore[arg-type]
+        with torch.no_grad():
+            attacked.append(float(detector.score(as_tensor(found.rounded), 1)[0]))
+    a, b = np.array(clean), np.array(attacked)
+    worst = np.where(labels == 1, np.minimum(a, b), np.maximum(a, b))
+    return {
+        "detector": name,
+        "data": data.name,
+        "n_good": int((labels == 0).sum()),
+        "n_bad": int((labels == 1).sum()),
+        "budget": budget,
+        "image_auroc": metrics.auroc(labels, a),
+        "robust_auroc": metrics.auroc(labels, worst),
+        "attack": f"PGD-{options.attack_steps}, EOT {eot}",
+        "seconds": round(time.monotonic() - start, 1),
+        "commit": commit(),
+        "machine": machine(),
+    }
+
+
+def table(path: Path) -> None:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    print(
+        "| data | detector | images | clean | "
+        + " | ".join(BUDGETS)
+        + " | attack |\n|---|---|---|---|"
+        + "---|" * (len(BUDGETS) + 1)
+    )
+    for data, name in dict.fromkeys((r["data"], r["detector"]) for r in rows):
+        mine = {r["budget"]: r for r in rows if (r["data"], r["detector"]) == (data, name)}
+        first = next(iter(mine.values()))
+        values = " | ".join(f"{100 * mine[b]['robust_auroc']:.1f}" if b in mine else "-" for b in BUDGETS)
+        images_, clean = f"{first['n_good']} + {first['n_bad']}", f"{100 * first['image_auroc']:.1f}"
+        print(f"| {data} | {name} | {images_} | {clean} | {values} | {first['attack']} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, nargs="*")
+    parser.add_argument("--work", type=Path, help="where trained detectors are kept")
+    parser.add_argument("--out", type=Path, help="rows")
+    parser.add_argument("--table", type=Path, metavar="ROWS", help="only print the table")
+    parser.add_argument("--limit", type=int, help="attack N good and N bad images only")
+    parser.add_argument("--steps", type=int, default=900, help="of the autoencoder's training (default 900)")
+    parser.add_argument("--diffusion-steps", type=int, default=1000, help="of the purifier's network (default 1000)")
+    parser.add_argument("--denoise", type=int, default=1, help="denoising steps of the purifier (default 1)")
+    parser.add_argument("--attack-steps", type=int, default=40, help="of PGD (default 40)")
+    parser.add_argument("--eot", type=int, default=4, help="draws a gradient is averaged over, where there is noise (default 4)")
+    options = parser.parse_args()
+    if options.table:
+        table(options.table)
+        return
+    if not options.data or not options.work or not options.out:
+        parser.error("DATA, --work and --out are needed")
+    options.work.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    done = {(row["detector"], row["data"], row["budget"]) for row in rows}
+    for folder in options.data:
+        data = load_dataset(folder)
+        for name, make, model in detectors(folder, options):
+            for budget in BUDGETS:
+                if (name, data.name, budget) not in done:
+                    row = run(name, make(), data, model, budget, options)
+                    append_line(options.out, json.dumps(row))
+                    sys.stderr.write(f"{row}\n")
+
+
+if __name__ == "__main__":
+    main()
