@@ -3,10 +3,9 @@
     advrad-fast evaluate MODEL DATA --certified --sigma 0.25 --votes 256 --scores FILE
     python benchmarks/votes_replayed.py MODEL DATA FILE --radius 0.2 --threshold 4.737 5.380
 
-The draws are independent, so their order is as good as any: each image's votes are taken in the order drawn until
-:class:`DecisionTest` has settled them, as `Detector.certify` would with ``max_votes`` draws.  Beside it what all the draws
-certify by Clopper and Pearson's bound, their number set beforehand, and the AUROC of the draws' quantiles without any
-correction for their number.
+The draws are independent, and each image's votes are taken in the order drawn until :class:`DecisionTest` has settled them, as
+``Detector.certify`` would with ``max_votes`` draws.  Beside it (``fixed``) what all the draws certify by Clopper and Pearson's
+bound, and the AUROC of the draws' quantiles without any correction for the number of draws (``plug_in``).
 """
 
 from __future__ import annotations

@@ -146,6 +146,10 @@ def test_fit_then_certify(tmp_path: Path, capsys: Capture) -> None:
     assert run("train", data, "--out", plain, "--size", 32, "--steps", 2, "--batch-size", 2, "--align", "off", "--certify") == 0
     assert ModelFile.load(plain).sigmas == ()
     capsys.readouterr()
+    for options, message in (((), "certify_radius: expected None"), ((0.25, "--radius", 9), "radius: expected one above 0")):
+        radius = () if options else ("--radius", 0.1)
+        assert run("train", data, "--out", tmp_path / "no", "--size", 32, "--align", "off", "--certify", *options, *radius) == 2
+        assert message in capsys.readouterr().err
     assert run("certify", plain, "--fit", data, "--sigma", 0.25, "--out", out) == 0
     captured = capsys.readouterr()
     assert captured.out == "" and "sigma 0.25: threshold" in captured.err and "other images" not in captured.err

@@ -76,10 +76,10 @@ def _train(options: argparse.Namespace) -> int:
         settings=changes,
         note=options.note,
         certify=options.certify,
+        certify_radius=options.radius,
         tile=options.tile,
         overlap=options.overlap,
         fixed=options.fixed,
-        certify_radius=options.radius,
     )
     if model is not None:
         say(f"wrote {options.out}: threshold {model.threshold:.6g} for a false-alarm rate of {model.false_alarm_rate:.3g}")

@@ -160,10 +160,8 @@ def at_radius(
     found = []
     for i, image in enumerate(normals):
         scores = drawn.scores(np.ascontiguousarray(image), seed=_RADIUS + i, draws=votes)
-        least = least_ok_threshold(scores, radius, sigma=smoothing.sigma, pixels=pixels, alpha=alpha)
-        assert least is not None  # check_radius has seen to that
-        found.append(least)
-    least_thresholds = np.sort(found)
+        found.append(least_ok_threshold(scores, radius, sigma=smoothing.sigma, pixels=pixels, alpha=alpha))
+    least_thresholds = np.sort(np.array(found, dtype=np.float64))  # none is None: check_radius has seen to that
     return dataclasses.replace(
         smoothing,
         calibration_scores=least_thresholds,

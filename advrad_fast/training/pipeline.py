@@ -56,10 +56,10 @@ def train(
     settings: dict[str, object] | None = None,
     note: str | None = None,
     certify: Sequence[float] | None = None,
+    certify_radius: float | None = None,
     tile: int | None = None,
     overlap: int | None = None,
     fixed: bool = False,
-    certify_radius: float | None = None,
 ) -> ModelFile | None:
     """Train a detector on a folder of good parts and write its model file.
 
@@ -79,11 +79,11 @@ def train(
         note: stored in the model file (a licence, an origin).
         certify: sigmas to certify at (:mod:`advrad_fast.training.certify`); None for those of
             :data:`advrad_fast.training.certify.SIGMAS` whose timesteps are trained on; none with ``tile``.
+        certify_radius: set their thresholds so that good parts are certified OK at this radius, at alpha 0.001; None: so that the
+            smoothed detector takes them for good.
         tile: train on square tiles of this side, cut from the images at their own resolution, and make a model that inspects
             whole frames in such tiles; ``size`` and ``align`` do not count then.
         overlap, fixed: with ``tile``: :class:`advrad_fast.training.tiles.Tiled`.
-        certify_radius: set their thresholds so that good parts are certified OK at this radius, at alpha 0.001; None: so that the
-            smoothed detector takes them for good.
 
     Returns:
         the model, or None in the processes of a ``torchrun`` other than the first.
@@ -103,7 +103,7 @@ def train(
     tiled = None if tile is None else Tiled(tile, overlap, fixed)
     if tiled is None and (overlap is not None or fixed):
         raise ConfigError(expected("tile", "a tile's side, as overlap or fixed is given", tile))
-    if tiled is not None and (certify or align == "on"):
+    if tiled is not None and (certify or certify_radius is not None or align == "on"):
         raise ConfigError(expected("tile", "None, as a model of tiles neither certifies nor aligns", tile))
     samples = load_samples(paths) if tiled is None else load_samples(paths, 8)  # large ones
     net = _network(chosen, samples, {"prediction": prediction, "patch": patch, **(unet or {})}, grey=grey)
@@ -127,10 +127,12 @@ def train(
         split = frames.tiles
     else:
         sigmas = _sigmas(diffusion, train_settings) if certify is None else certification.check_sigmas(certify, diffusion)
+        if certify_radius is not None:
+            if not sigmas:
+                raise ConfigError(expected("certify_radius", "None, as there is no sigma to certify at", certify_radius))
+            for sigma in sigmas:
+                certification.check_radius(config, sigma, certify_radius)
         split = load_split(paths, image, train_settings.seed)
-    if certify_radius is not None:
-        for sigma in sigmas:
-            certification.check_radius(config, sigma, certify_radius)
     _log.info(
         "%d good images: %d%s to train on, %d to choose settings on, %d to calibrate on; input %d x %d x %d, patch %d%s",
         len(paths), len(split.train), "" if tiled is None else " tiles", len(split.selection), len(split.calibration),
