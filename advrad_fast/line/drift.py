@@ -95,7 +95,7 @@ class Drift:
     "Without a drift" means: whatever came before, a frame is a good part like the calibration's with probability at least
     1 - ``contamination``, and anything at all otherwise.  So defects up to that share raise no alarm beyond the rate, wherever
     they score; more of them do, and so does a run of equal frames, or light that changes slowly: frames are then not independent.
-    The more calibration scores there are, the smaller the drift that can be found (docs/line.md has a table).
+    The more calibration scores there are, the smaller the drift that can be found.
 
     Args:
         calibration_scores: (n,), n >= 1, finite, rising; a model's.
