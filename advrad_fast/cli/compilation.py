@@ -82,7 +82,7 @@ def _normals(options: argparse.Namespace, precision: str) -> tuple[Any, Any]:
         size, rng = (image.height, image.width), np.random.default_rng(0)
         each = -(-_CALIBRATION // len(chosen))
         images = np.stack([t for path in chosen for t in cut(prepare_whole(load_image(path), image), size, each, rng)])
-    say(f"calibrating on {len(images)} images out of {len(chosen)} of {len(paths)} frames")
+    say(f"calibrating on {f'{len(images)} tiles from ' if model.tiling else ''}{len(chosen)} of {len(paths)} frames")
     return model, images
 
 
