@@ -72,14 +72,14 @@ def page(summaries: list[RobustSummary]) -> None:
 
 NOTE = """## What this says
 
-- 10 + 10 images, spread evenly over the test sets, of which every clean one is ranked right: one pair of images is one per cent. No run over a
-  whole test set has been made yet.
-- bottle stays above the goal of 90; screw does not: 88 by 20 steps with 2 draws, 83 by 100 steps with 8. There the attack raises a good
-  part's score by 2 to 12 (from 3 to 10), and lowers a defect's by a tenth to a quarter (half of them score under 20): it is the good parts
-  that give way. More training, sigma, k and a wider filter have not been tried against it. At the threshold most of screw's good parts can
-  be made to be rejected; one defect in ten can be hidden.
-- An attack on the camera's frame, through the alignment, finds no more than one on the prepared image within `linf 2/255`, and about as much
-  within `l2 0.2`.
+- 10 + 10 images, spread evenly over the test sets, of which every clean one is ranked right: one pair of images is one per
+  cent. No run over a whole test set has been made yet.
+- bottle stays above the goal of 90; screw does not: 88 by 20 steps with 2 draws, 83 by 100 steps with 8. There the attack
+  raises a good part's score by 2 to 12 (from 3 to 10), and lowers a defect's by a tenth to a quarter (half of them score
+  under 20): it is the good parts that give way. More training, sigma, k and a wider filter have not been tried against it. At
+  the threshold most of screw's good parts can be made to be rejected; one defect in ten can be hidden.
+- An attack on the camera's frame, through the alignment, finds no more than one on the prepared image within `linf 2/255`,
+  and about as much within `l2 0.2`.
 - Square found no more than PGD.
 - The machine did other things during these runs: the minutes are an upper bound.
 - The detectors are `fast` models, bottle's of a full training, screw's of 1,000 steps (a fifth).
