@@ -48,12 +48,13 @@ def diffusion_model(data: Path, work: Path, steps: int) -> ModelFile:
     return ModelFile.load(file)
 
 
-def autoencoder(normals: NDArray[np.uint8], data: Path, work: Path, steps: int, epsilon: float) -> Autoencoder:
+def autoencoder(normals: NDArray[np.uint8], data: Path, work: Path, steps: int, epsilon: float, device: str) -> Autoencoder:
     """Trained, or as it was kept."""
     file = work / f"{data.name}-{'adversarial' if epsilon else 'plain'}-autoencoder.safetensors"
     if not file.exists():
         # Adversarial training costs three passes for an attack of two steps: as long, it sees a third of the batches.
-        made = Autoencoder(AutoencoderSettings(steps=steps // 3 if epsilon else steps, epsilon=epsilon, attack_steps=2))
+        settings = AutoencoderSettings(steps=steps // 3 if epsilon else steps, epsilon=epsilon, attack_steps=2)
+        made = Autoencoder(settings).to(device)
         made.fit(normals, progress=True)
         made.save(file)
     return Autoencoder.load(file)
@@ -70,7 +71,7 @@ def detectors(data: Path, options: argparse.Namespace) -> Iterator[tuple[str, Ca
     def encoder(epsilon: float) -> Autoencoder:
         if epsilon not in found:
             normals = prepared(load_dataset(data).train, model)
-            found[epsilon] = autoencoder(normals, data, options.work, options.steps, epsilon)
+            found[epsilon] = autoencoder(normals, data, options.work, options.steps, epsilon, options.device)
         return found[epsilon]
 
     yield "autoencoder", lambda: encoder(0.0), model
@@ -92,13 +93,13 @@ def run(
     clean, attacked = [], []
     with torch.no_grad():
         for image in lattice:
-            clean.append(float(detector.score(as_tensor(image[None]), 1)[0]))
+            clean.append(float(detector.score(as_tensor(image[None]).to(detector.device), 1)[0]))
     for sample, image in zip(samples, lattice, strict=True):
         settings = PGD(options.attack_steps, eot, checks=1 if deterministic else 8)
         g = [generator("baseline", name, budget, sample.path.name, sample.defect)]
         found = pgd(detector, image[None], [sample.label], Budget.parse(budget), settings, generators=g)  # type: ignore[arg-type]
         with torch.no_grad():
-            attacked.append(float(detector.score(as_tensor(found.rounded), 1)[0]))
+            attacked.append(float(detector.score(as_tensor(found.rounded).to(detector.device), 1)[0]))
     a, b = np.array(clean), np.array(attacked)
     worst = np.where(labels == 1, np.minimum(a, b), np.maximum(a, b))
     return {
@@ -112,7 +113,7 @@ def run(
         "attack": f"PGD-{options.attack_steps}, EOT {eot}",
         "seconds": round(time.monotonic() - start, 1),
         "commit": commit(),
-        "machine": machine(),
+        "machine": torch.cuda.get_device_name() if detector.device.type == "cuda" else machine(),
     }
 
 
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--denoise", type=int, default=1, help="denoising steps of the purifier (default 1)")
     parser.add_argument("--attack-steps", type=int, default=40, help="of PGD (default 40)")
     parser.add_argument("--eot", type=int, default=4, help="draws a gradient is averaged over, where there is noise (default 4)")
+    parser.add_argument("--device", default="cpu", help="PyTorch's (default cpu)")
     options = parser.parse_args()
     if options.table:
         table(options.table)
@@ -158,7 +160,7 @@ def main() -> None:
         for name, make, model in detectors(folder, options):
             for budget in BUDGETS:
                 if (name, data.name, budget) not in done:
-                    row = run(name, make(), data, model, budget, options)
+                    row = run(name, make().to(options.device), data, model, budget, options)
                     append_line(options.out, json.dumps(row))
                     sys.stderr.write(f"{row}\n")
 

@@ -9,6 +9,7 @@ import hypothesis
 import numpy as np
 import pytest
 from gpu_emulation.fixtures import cuda, driver, fake_library, make_driver  # noqa: F401  # fixtures, for every test
+from real_gpu import compiled, real_engine  # noqa: F401
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=100, database=None)
 hypothesis.settings.load_profile("repeatable")

@@ -6,11 +6,7 @@ compiled for that GPU when the tests run, so triton is needed, or ADVRAD_KERNELS
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,41 +25,12 @@ from advrad_fast.kernels.manifest import Manifest, read_manifest
 NOISE_ABS = 4 * 7.2e-7
 FP16_RELATIVE = 2.0**-11
 
-BUILD = """
-import sys
-from pathlib import Path
-from advrad_fast.kernels import aot
-def wanted(name, variant):
-    return variant.get("channels", 3) == 3 and variant.get("layout", "nchw") == "nchw" and variant.get("dtype") != "bf16"
-aot.build(Path(sys.argv[1]), [sys.argv[2]], wanted=wanted)
-"""
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function: a real GPU's target -> a folder of kernels for it, compiled once, in a new process."""
-    folders: dict[str, Path] = {}
-
-    def build(target: str) -> Path:
-        if "ADVRAD_KERNELS" in os.environ:
-            return Path(os.environ["ADVRAD_KERNELS"])
-        pytest.importorskip("triton")
-        if target not in folders:
-            folders[target] = tmp_path_factory.mktemp(target)
-            environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-            command = [sys.executable, "-c", BUILD, str(folders[target]), target]
-            run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            assert run.returncode == 0, run.stderr
-        return folders[target]
-
-    return build
-
 
 class OnGpu:
     """Kernels with their arguments in NumPy arrays: copied there, launched on one stream, copied back."""
 
-    def __init__(self, gpu: Gpu, compiled: Manifest, *, real: bool) -> None:
-        self.cuda, self.kernels = gpu.cuda, Kernels(compiled, gpu)
+    def __init__(self, gpu: Gpu, manifest: Manifest, *, real: bool) -> None:
+        self.cuda, self.kernels = gpu.cuda, Kernels(manifest, gpu)
         self.stream = gpu.cuda.Stream()
         self.kept: list[Any] = []
         self.shapes = SHAPES if real else [(1, 8, 8, 3, 1), (2, 16, 24, 3, 3), (1, 24, 40, 3, 2)]

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -100,6 +101,13 @@ class Autoencoder(Baseline):
         self._score = ScoreConfig()
         self._mu = self._inverse_spread = torch.empty(0)
 
+    def to(self, device: str | torch.device) -> Self:
+        """See :meth:`Baseline.to`; before ``fit``, also where it trains."""
+        if self._network is not None:
+            self._network.to(device)
+        self._mu, self._inverse_spread = self._mu.to(device), self._inverse_spread.to(device)
+        return super().to(device)
+
     def fit(self, images: NDArray[np.uint8], *, progress: bool = False) -> None:
         """Train, then measure the error of these normals.
 
@@ -108,22 +116,22 @@ class Autoencoder(Baseline):
             TrainingError: sides that are not multiples of 8 and of 2 to the power of ``levels``, or a loss that is not finite.
         """
         s = self.settings
-        x = as_tensor(images)
+        x = as_tensor(images).to(self.device)
         multiple = max(8, 1 << s.levels)
         if x.shape[2] % multiple or x.shape[3] % multiple:
             raise TrainingError(expected("images", f"sides that are multiples of {multiple}", tuple(x.shape[2:])))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(s.seed)
-            network = _Network(x.shape[1], s)
+            network = _Network(x.shape[1], s).to(self.device)
         self._train(network, x, progress)
         network.eval().requires_grad_(False)
         with torch.no_grad():
-            errors = torch.cat([score.scale_errors(b, network(b)) for b in torch.split(2.0 * x - 1.0, _BATCH)])
+            errors = torch.cat([score.scale_errors(b, network(b)) for b in torch.split(2.0 * x - 1.0, _BATCH)]).cpu()
         smooth = fitting.filtered(errors, s.filter_size)
         config = ScoreConfig(fitting.equal_weights(smooth) if len(x) > 1 else ScoreConfig().scale_weights, s.filter_size, True)
         normal = fitting.normal_maps(fitting.error_maps(smooth, config.scale_weights), config)
         self._network, self._score = network, config
-        self._mu, self._inverse_spread = normal.mu, 1.0 / normal.spread.clamp_min(1e-12)
+        self._mu, self._inverse_spread = normal.mu.to(self.device), (1.0 / normal.spread.clamp_min(1e-12)).to(self.device)
 
     def _train(self, network: _Network, x: Tensor, progress: bool) -> None:
         s = self.settings
@@ -199,7 +207,7 @@ class Autoencoder(Baseline):
 
 def worst_images(loss: Callable[[Tensor], Tensor], x: Tensor, epsilon: float, steps: int, generator: torch.Generator) -> Tensor:
     """PGD (Madry et al., arXiv 1706.06083): images within ``epsilon`` (l_inf) of x and in [0, 1], of a large loss (N,)."""
-    start = x + epsilon * (2.0 * torch.rand(x.shape, generator=generator) - 1.0)
+    start = x + epsilon * (2.0 * torch.rand(x.shape, generator=generator).to(x.device) - 1.0)
     images = start.clamp(0.0, 1.0)
     for _ in range(steps):
         images = images.detach().requires_grad_(True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -28,6 +29,11 @@ class Baseline(ABC):
     name: str
     noise_shape: tuple[int, ...] = (0,)
     device: torch.device = torch.device("cpu")
+
+    def to(self, device: str | torch.device) -> Self:
+        """Run on another device from here on; returns itself."""
+        self.device = torch.device(device)
+        return self
 
     @abstractmethod
     def fit(self, images: NDArray[np.uint8]) -> None:

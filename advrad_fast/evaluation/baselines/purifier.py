@@ -8,6 +8,7 @@ the detector itself.
 from __future__ import annotations
 
 import dataclasses
+from typing import Self
 
 import numpy as np
 import torch
@@ -67,6 +68,12 @@ class Purifier(Baseline):
             network = UNet(model.config.unet)
         network.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in model.weights.items()}, assign=True)
         return cls(network, model.config, detector, timestep=timestep, steps=steps)
+
+    def to(self, device: str | torch.device) -> Self:
+        """See :meth:`Baseline.to`; the detector goes along."""
+        self._network.to(device)
+        self.detector.to(device)
+        return super().to(device)
 
     def fit(self, images: NDArray[np.uint8]) -> None:
         """Fit the detector, on the images as they are."""
