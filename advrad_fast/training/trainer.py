@@ -256,7 +256,7 @@ class Trainer:
                         if (average.shape, average.dtype) != (parameter.shape, parameter.dtype):
                             wanted = f"{parameter.dtype} {tuple(parameter.shape)}"
                             raise TrainingError(expected(f"{path}: {key}.{name}", wanted, (average.dtype, tuple(average.shape))))
-                    self.optimiser.state[parameter] = {"step": torch.tensor(float(step)), **averages}
+                    self.optimiser.state[parameter] = {"step": torch.tensor(float(step), device=self.device), **averages}
         except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
             if isinstance(error, TrainingError):
                 raise
