@@ -245,7 +245,7 @@ class Detector:
             outcome=Outcome.DEFECT if score > threshold else Outcome.OK,
             score=score,
             threshold=threshold,
-            p_value=float(calibrate.p_value(self._model.calibration_scores, np.array([score]))[0]),
+            p_value=calibrate.checked_p_value(self._model.calibration_scores, score),
             anomaly_map=anomaly_map,
             mask=mask,
             backend=self.backend,
