@@ -123,8 +123,7 @@ def load_image(path: StrPath, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
         ImageError: transparent pixels, or float pixels outside [0, 1].
         ConfigError: ``max_pixels`` is not a positive integer.
     """
-    if isinstance(max_pixels, bool) or not isinstance(max_pixels, int) or max_pixels < 1:
-        raise ConfigError(expected("max_pixels", "an integer of at least 1", max_pixels))
+    _check_cap(max_pixels)
     try:
         name = os.fsdecode(path)
         if not stat.S_ISREG(Path(name).stat().st_mode):  # before opening, as opening a pipe would wait
@@ -133,15 +132,42 @@ def load_image(path: StrPath, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
     except (OSError, TypeError, ValueError) as error:
         raise ImageDecodeError(f"{path!r}: can't be opened: {error}") from error
     with file:
-        try:
-            image = _open(file, name)
-            check_size(name, image.height, image.width, max_pixels)
-            with image:
-                return _from_pil(image, name)
-        except ImageError:
-            raise
-        except Exception as error:  # Pillow's decoders raise nearly anything on hostile bytes
-            raise ImageDecodeError(f"{name}: can't be decoded: {error}") from error
+        return _decode(file, name, max_pixels)
+
+
+def decode_image(data: bytes, name: str = "image", *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """An image file's bytes, read as :func:`load_image` reads the file.
+
+    Args:
+        data: the whole file.
+        name: what messages call it.
+        max_pixels: as there.
+
+    Raises:
+        ImageError, ConfigError: as there; ``data`` is not bytes.
+    """
+    _check_cap(max_pixels)
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise ImageError(expected(name, "an image file's bytes", type(data)))
+    with io.BytesIO(data) as file:
+        return _decode(file, name, max_pixels)
+
+
+def _check_cap(max_pixels: object) -> None:
+    if isinstance(max_pixels, bool) or not isinstance(max_pixels, int) or max_pixels < 1:
+        raise ConfigError(expected("max_pixels", "an integer of at least 1", max_pixels))
+
+
+def _decode(file: IO[bytes], name: str, max_pixels: int) -> NDArray[np.uint8]:
+    try:
+        image = _open(file, name)
+        check_size(name, image.height, image.width, max_pixels)
+        with image:
+            return _from_pil(image, name)
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on hostile bytes
+        raise ImageDecodeError(f"{name}: can't be decoded: {error}") from error
 
 
 def prepare(frame: object, config: ImageConfig) -> Prepared:

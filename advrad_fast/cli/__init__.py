@@ -11,16 +11,29 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from advrad_fast import __version__
-from advrad_fast.cli import backends, bench, certification, compilation, demo, evaluation, inspection, stream, train, watch
-from advrad_fast.cli.common import FAILED, FOUND, OK, say
+from advrad_fast.cli import (
+    backends,
+    bench,
+    certification,
+    compilation,
+    demo,
+    evaluation,
+    inspection,
+    serving,
+    stream,
+    train,
+    watch,
+)
+from advrad_fast.cli.common import FAILED, FOUND, OK, results_alone, say
 from advrad_fast.errors import AdvRADError
 
 __all__ = ["FAILED", "FOUND", "OK", "main"]
 
 #: In the order of ``--help``.
-COMMANDS = (train, inspection, stream, watch, certification, evaluation, compilation, bench, backends, demo)
+COMMANDS = (train, inspection, stream, watch, serving, certification, evaluation, compilation, bench, backends, demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
-        return run(options)
+        with results_alone() if getattr(options, "ray", None) is not None else nullcontext():
+            return run(options)
     except AdvRADError as error:
         say(f"advrad-fast: {error}")
     except ModuleNotFoundError as error:
