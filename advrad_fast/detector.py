@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from advrad_fast import backends, calibrate, gpu_frames, images, philox, tiles, voting
 from advrad_fast.backends import Votes
 from advrad_fast.certify import Certificate, DecisionTest
+from advrad_fast.checks import finite, truth
 from advrad_fast.errors import AdvRADError, ConfigError, ImageError, InferenceError, PartNotFoundError, expected
 from advrad_fast.model import ModelFile
 from advrad_fast.smoothing import Smoothing
@@ -134,7 +135,7 @@ class Detector:
 
     @threshold.setter
     def threshold(self, value: float) -> None:
-        self._threshold = _finite("threshold", value)
+        self._threshold = finite("threshold", value)
 
     @property
     def false_alarm_rate(self) -> float:
@@ -169,9 +170,10 @@ class Detector:
             ImageError: the frame breaks the input contract, or lies on a GPU and the backend is not ``cuda`` on that one.
             InferenceError: the engine failed, memory ran out, or what came back is no result: not finite, of another shape, or
                 a score that is not its map's maximum.
+            ConfigError: ``maps`` or ``seed`` is out of range.
         """
         start = time.perf_counter()
-        noise_seed = self._draw_seed(seed)
+        noise_seed, maps = self._draw_seed(seed), truth("maps", maps)
         inspect = self._inspect if self._model.tiling is None else self._inspect_tiles
         try:
             return inspect(frame, maps, noise_seed, start)
@@ -256,8 +258,14 @@ class Detector:
         """Inspect frames; a bad one becomes an ERROR in its place, and the others keep their results.
 
         Each result equals :meth:`inspect`'s of the same frame and seed.
+
+        Raises:
+            ImageError: ``frames`` is not iterable.
+            ConfigError: as :meth:`inspect`.
         """
-        results = []
+        if not isinstance(frames, Iterable) or (isinstance(frames, np.ndarray) and frames.ndim == 0):
+            raise ImageError(expected("frames", "an iterable of frames", type(frames)))
+        results: list[Inspection] = []
         for frame in frames:
             start = time.perf_counter()
             try:
@@ -311,7 +319,7 @@ class Detector:
         """
         max_votes = voting.check_votes("max_votes", max_votes)
         smoothing = self._smoothing(radius, sigma, alpha, max_votes)
-        threshold = smoothing.threshold if threshold is None else _finite("threshold", threshold)
+        threshold = smoothing.threshold if threshold is None else finite("threshold", threshold)
         test = None if radius is None else DecisionTest(radius, smoothing.sigma, alpha, pixels=self._pixels)
         noise_seed = secrets.randbits(64) if seed is None else philox.check_seed(seed)
         try:
@@ -384,7 +392,7 @@ class Detector:
         if not model.smoothing:
             raise ConfigError("certify: expected a model that has a sigma to certify at; `advrad-fast certify --fit` adds one")
         if sigma is not None:
-            if isinstance(sigma, bool) or sigma not in model.sigmas:
+            if finite("sigma", sigma) not in model.sigmas:
                 raise ConfigError(expected("sigma", f"one of the model's {list(model.sigmas)}", sigma))
             return model.smoothing[model.sigmas.index(sigma)]
         if radius is None:
@@ -417,14 +425,6 @@ class Detector:
     def _failed(self, outcome: Outcome, error: AdvRADError, start: float) -> Inspection:
         timings = MappingProxyType({"total": _ms(start)})
         return Inspection(outcome, None, self._threshold, None, None, None, self.backend, timings, error)
-
-
-def _finite(name: str, value: object) -> float:
-    real = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
-    too_large = isinstance(value, int) and abs(value) > sys.float_info.max  # float() would overflow
-    if not real or too_large or not math.isfinite(value):  # type: ignore[arg-type]
-        raise ConfigError(expected(name, "a finite number", value))
-    return float(value)  # type: ignore[arg-type]
 
 
 def _checked_score(result: backends.Scores, size: tuple[int, ...], want_maps: bool) -> float:
