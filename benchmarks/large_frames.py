@@ -2,8 +2,8 @@
 
     python benchmarks/large_frames.py MODEL [--height 3000] [--width 4096] [--overlap 32] [--fixed]
 
-MODEL is any model file without alignment; its own network is the tile.  Peaks are the process's (VmHWM, Linux): with the detector built
-and a frame of one tile inspected, with the colour frame in memory, and after its inspection with map and mask.
+MODEL is any model file without alignment; its own network is the tile.  Peaks are the process's (VmHWM, Linux): with the
+detector built and a frame of one tile inspected, with the colour frame in memory, and after its inspection with map and mask.
 """
 
 from __future__ import annotations

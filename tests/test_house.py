@@ -24,7 +24,7 @@ KERNELS = ROOT / "kernels"  # installs as advrad_fast.kernels
 # From the ground up: a module imports from its own floor or lower ones.  A package stands for all its modules.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "schedule", "philox", "lattice", "files", "untrusted"),
-    ("images", "pose", "model", "smoothing", "certify", "calibrate", "graph", "graph_precision", "tiles"),
+    ("images", "pose", "model", "smoothing", "certify", "calibrate", "graph", "graph_precision", "tiles", "template"),
     ("kernels", "_native", "reference"),
     ("backends",),
     ("detector", "voting", "tiling"),
