@@ -43,6 +43,7 @@ _MIN_SEPARATION = 0.6  # Otsu: between-class variance over total variance
 _MAX_BUSY_BORDER = 0.05  # share of border pixels that stand out from the background
 _MAX_SECOND = 0.2  # area of the second largest component over the largest's
 _MIN_FIT = 0.85  # the least worth of a part, over the least of the normals
+_LEAST_FIT = 0.2  # of every normal, for the outline to be used
 _TRUSTED = 0.1  # share of the normals whose silhouettes are worth too little to be the part and nothing else beyond doubt
 _RIVAL = 0.92  # worth over the best's from which another pose leaves the part's place open
 _MAX_ASPECT = 8  # longer strips are not searched, which would take memory in proportion
@@ -142,10 +143,12 @@ def fit_pose(images: Sequence[NDArray[np.uint8]]) -> PoseConfig:
     fits = [
         template.worth(template.local_contrast(grey, rule), rule, *pose) for (grey, _), pose in zip(works, poses, strict=True)
     ]
+    if min(fits) < _LEAST_FIT:  # parts too unlike one another for one outline to tell them from clutter
+        return dataclasses.replace(rule, profile=())
     plain = [template.worth(_clipped(c, rule), rule, *pose) for c, pose in zip(contrasts, poses, strict=True)]
     return dataclasses.replace(
         rule,
-        min_fit=round(max(0.0, _MIN_FIT * min(fits)), 4),
+        min_fit=round(_MIN_FIT * min(fits), 4),
         trusted_fit=round(max(0.0, float(np.quantile(plain, _TRUSTED))), 4),
     )
 

@@ -9,6 +9,7 @@ ratio, so that a shadow that covers more than the part's width changes nothing.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -114,6 +115,7 @@ def _halves(rule: PoseConfig) -> _Float:
     return np.array(rule.profile).reshape(2, BINS)
 
 
+@functools.lru_cache(maxsize=8)  # the same for every frame of one size
 def _points(rule: PoseConfig, side: float) -> _Points:
     from scipy import ndimage
 

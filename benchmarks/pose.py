@@ -1,6 +1,6 @@
 """How often the pose rule lays a part right, in clean frames and with drawn shadows and clutter, with and without its outline.
 
-    python benchmarks/pose.py GOOD_FRAMES FRAMES [--every 2] [--seed 1]
+    python benchmarks/pose.py GOOD_FRAMES FRAMES [--every 2] [--first 0] [--seed 1]
 
 The rule is fitted on up to 60 of GOOD_FRAMES.  Right: within 2 degrees, and 3 % of the frame's shorter
 side, of the silhouette's pose in the clean frame.
@@ -25,7 +25,7 @@ from advrad_fast.images import list_images, load_image
 from advrad_fast.pose import Affine, align, fit_pose
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from clutter import clutter, shadow
+from clutter import clutter, shadow  # type: ignore[import-not-found,unused-ignore]
 
 HEIGHT, WIDTH = 96, 256
 Frame = NDArray[np.uint8]
@@ -49,12 +49,13 @@ def main() -> None:
     parser.add_argument("good", type=Path)
     parser.add_argument("frames", type=Path)
     parser.add_argument("--every", type=int, default=2, help="take every so-manieth frame")
+    parser.add_argument("--first", type=int, default=0, help="from this one on")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     good = list_images(options.good)
     rule = fit_pose([load_image(path) for path in good[:: max(1, len(good) // 60)][:60]])
     before = dataclasses.replace(rule, profile=(), min_fit=0.0, trusted_fit=0.0)
-    frames = [load_image(path) for path in list_images(options.frames)[:: options.every]]
+    frames = [load_image(path) for path in list_images(options.frames)[options.first :: options.every]]
     clean = [find(frame, before) for frame in frames]
     pairs = [(f, c) for f, c in zip(frames, clean, strict=True) if c is not None]
     tones = (20, 110) if rule.dark_part else (150, 230)
