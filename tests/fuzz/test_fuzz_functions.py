@@ -38,7 +38,8 @@ OTHERS = {
     ("reference", "training", "evaluation.attacks", "evaluation.attacker", "evaluation.baselines"): "PyTorch's",
     ("backends", "kernels", "bench"): "called with what a Detector, or the command line, has checked",
     ("cli", "demo", "__main__"): "test_fuzz_commands.py",
-    ("evaluation.report", "evaluation.robust", "evaluation.certified_attack", "evaluation.spread"): "the command line's own",
+    ("evaluation.report", "evaluation.robust", "evaluation.certified_attack"): "the command line's own",
+    ("spread", "batch", "serving"): "a cluster's: tests/test_spread*.py",
     ("line",): "a running line's: tests/test_line_*.py, test_drift.py, test_stream.py, test_watch*.py",
 }
 
@@ -91,6 +92,7 @@ SENSE: dict[str, st.SearchStrategy[Any]] = {
     "claims": small,
     "count": st.integers(-3, 300),
     "data": st.binary(max_size=9) | st.sampled_from([b'{"a": [1, 2.5, null]}', b"[" * 60_000, b'{"a": 1e999}', b"9" * 60_000]),
+    "name": texts,
     "defects": small,
     "delta": unit,
     "draw": small,
@@ -237,7 +239,8 @@ FUNCTIONS = {
     "certify.scores": ("certified_rank", "certified_scores", "least_ok_threshold", "certified_auroc"),
     "evaluation.datasets": ("load_dataset", "load_mask"),
     "evaluation.metrics": ("auroc", "auroc_interval", "roc_curve", "f1_max", "pixel_auroc", "aupro"),
-    "images": ("check_frame", "load_image", "list_images"),
+    "image_paths": ("list_images",),
+    "images": ("check_frame", "load_image", "decode_image"),
     "lattice": ("thresholds", "integers", "distance"),
     "overlay": ("legend",),
     "philox": ("integers", "normals"),
@@ -299,6 +302,7 @@ REASONS: dict[str, dict[str, str]] = {
         "images": "prepare_whole is_prepared map_to_frame mask_to_frame",
     },
     "takes what was checked before": {
+        "calibrate": "checked_p_value",
         "files": "write_atomically",
         "graph": "expected_tensors check_weights time_embedding GraphBuilder build_graph assemble",
         "graph_precision": "build_typed_graph quantised_tensors ranges_digest bfloat16_bits e4m3_codes",
@@ -314,7 +318,7 @@ REASONS: dict[str, dict[str, str]] = {
     },
     "the command line's own": {
         "evaluation.certified": "draw_scores figures curve_svg",
-        "evaluation.evaluate": "evaluate table labels_of sample_name",
+        "evaluation.evaluate": "evaluate table labels_of sample_name check_backend worker_setup",
         "evaluation.rows": "to_line read_rows read_summaries append_row append_line worst auroc_of robust_figures",
     },
 }
