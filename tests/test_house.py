@@ -25,7 +25,7 @@ KERNELS = ROOT / "kernels"  # installs as advrad_fast.kernels
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "checks", "config", "schedule", "philox", "lattice", "files", "image_paths", "untrusted", "dlpack", "spread"),
     ("template",),
-    ("images", "gpu_frames", "pose", "model", "smoothing", "certify", "calibrate", "graph", "graph_precision", "tiles"),
+    ("images", "gpu_frames", "pose", "model", "smoothing", "certify", "calibrate", "graph", "graph_precision", "tiles", "roi"),
     ("kernels", "_native", "reference"),
     ("backends",),
     ("detector", "voting", "tiling"),
