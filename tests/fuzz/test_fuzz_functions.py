@@ -31,6 +31,7 @@ from test_house import MODULES, is_in
 from advrad_fast import Detector, Inspection, ModelFile, config, images
 from advrad_fast.certify import DecisionTest, RadiusSequence, RobustnessTest
 from advrad_fast.errors import AdvRADError
+from advrad_fast.roi import Roi
 from advrad_fast.tiling import fit_tiling
 
 #: Modules that are not the torch-free core, or are tested elsewhere.
