@@ -31,6 +31,7 @@ from test_house import MODULES, is_in
 from advrad_fast import Detector, Inspection, ModelFile, config, images
 from advrad_fast.certify import DecisionTest, RadiusSequence, RobustnessTest
 from advrad_fast.errors import AdvRADError
+from advrad_fast.roi import Roi
 from advrad_fast.tiling import fit_tiling
 
 #: Modules that are not the torch-free core, or are tested elsewhere.
@@ -102,6 +103,8 @@ SENSE: dict[str, st.SearchStrategy[Any]] = {
     "frames": st.lists(frames, max_size=3),
     "height": st.sampled_from([0, 8, 16, 64]),
     "image": frames,
+    "on": st.sampled_from(["frame", "part"]),
+    "roi": st.none() | frames.map(lambda frame: np.squeeze(frame) > 99),
     "image_id": small,
     "images": st.lists(frames.map(np.atleast_3d), max_size=4),
     "backend": st.just("cpu"),
@@ -199,8 +202,12 @@ def tiled(frames: Any, overlap: Any, false_alarm_rate: Any) -> Any:
     )
 
 
-def made(backend: Any, seed: Any, threads: Any, precision: Any) -> Any:
-    return Detector(PLAIN, backend=backend, seed=seed, threads=threads, precision=precision)
+def made(backend: Any, seed: Any, threads: Any, precision: Any, roi: Any) -> Any:
+    return Detector(PLAIN, backend=backend, seed=seed, threads=threads, precision=precision, roi=roi)
+
+
+def region(roi: Any, on: Any) -> Any:
+    return Roi(roi, on)
 
 
 def inspect_one(frame: Any, aligned: Any, seed: Any) -> None:
@@ -258,6 +265,7 @@ CALLED: dict[str, tuple[Callable[..., Any], ...]] = {
     "images.prepare": (prepare,),
     "overlay.overlay": (overlay,),
     "pose.align": (align,),
+    "roi.Roi": (region,),
     "schedule.timestep_for_sigma": (timestep_for_sigma,),
     "tiling.fit_tiling": (tiled,),
     "untrusted.parse": (parse,),
@@ -281,6 +289,7 @@ REASONS: dict[str, dict[str, str]] = {
         "gpu_frames": "GpuFrame Pixels",
         "images": "Prepared",
         "schedule": "Coefficients",
+        "template": "Pose",
     },
     "test_any_settings, test_settings": {
         "config": "UNetConfig DiffusionConfig ScoreConfig PoseConfig ImageConfig TilingConfig DetectorConfig"
@@ -298,6 +307,8 @@ REASONS: dict[str, dict[str, str]] = {
     },
     "a part of inspecting a frame": {
         "dlpack": "device host_array take",
+        "roi": "fitting",
+        "template": "measure_profile local_contrast worth search same outside",
         "gpu_frames": "find",
         "images": "prepare_whole is_prepared map_to_frame mask_to_frame",
     },
