@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -23,6 +24,7 @@ R = TypeVar("R")
 RETRIES = 3  #: of tasks whose worker died; those that kill four workers are given up
 GROUP_SECONDS = 0.2  #: tasks travel in groups of about this length: short ones would wait for Ray more than they take
 GROUP_TASKS = 64  #: at most in one group
+CONNECT_SECONDS = 10.0  #: within which a cluster's port must answer
 
 _states: dict[str, Any] = {}  # in a worker: what the present run's setup made
 
@@ -83,6 +85,7 @@ def connection(address: str) -> Iterator[Any]:
     ray: Any = library  # its types are partial
     started = not ray.is_initialized()
     if started:
+        _check_there(address)
         try:
             quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
             ray.init(address=address, **quiet, **({"include_dashboard": False} if address == "local" else {}))
@@ -93,6 +96,21 @@ def connection(address: str) -> Iterator[Any]:
     finally:
         if started:
             ray.shutdown()
+
+
+def _check_there(address: str) -> None:
+    """Ray itself tries an address where nobody listens for many minutes.
+
+    Raises:
+        SpreadError: nobody listens at ``HOST:PORT``.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise SpreadError(f"Ray cluster {address!r} can't be reached: {error}") from error
 
 
 def _on_cluster(
@@ -150,5 +168,7 @@ def _result(ray: Any, reference: Any) -> Any:
         if isinstance(error.cause, AdvRADError):  # of the setup
             raise error.cause from None
         raise
-    except ray.exceptions.RayError as error:
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
         raise SpreadError(f"tasks were given up, their workers died {RETRIES + 1} times: {error}") from error
+    except ray.exceptions.RayError as error:
+        raise SpreadError(f"tasks were given up, the cluster failed: {error}") from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +52,28 @@ def dies(state: int, task: int) -> int:
 
 
 class Slow(Detector):
-    """Slow enough to be killed meanwhile."""
+    """Slow enough to be killed meanwhile.  While it works there is a file in ``busy`` with its process's number for a name."""
+
+    busy = Path()
 
     def inspect(self, *arguments: Any, **options: Any) -> Any:
-        time.sleep(0.05)
-        return super().inspect(*arguments, **options)
+        with self._busy():
+            return super().inspect(*arguments, **options)
 
     def certify(self, *arguments: Any, **options: Any) -> Any:
+        with self._busy():
+            return super().certify(*arguments, **options)
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        mark = self.busy / str(os.getpid())
+        mark.touch()
         time.sleep(0.05)
-        return super().certify(*arguments, **options)
+        yield
+        mark.unlink()
 
 
-def slow(folder: Path, model: ModelFile) -> Detector:
-    """Makes one and says in which process: the name of a file in ``folder``."""
-    (folder / str(os.getpid())).touch()
-    return Slow(model, backend="cpu", threads=1, cache_dir=False)
+def slow(busy: Path, model: ModelFile) -> Detector:
+    made = Slow(model, backend="cpu", threads=1, cache_dir=False)
+    made.busy = busy
+    return made

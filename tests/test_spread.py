@@ -48,6 +48,14 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
         list(map_tasks(spread_tasks.square, [1], setup=partial(spread_tasks.offset, 3), ray="auto"))
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:port", "127.0.0.1:99999"])
+def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(SpreadError, match=f"'{address}' can't be reached"):
+        list(map_tasks(spread_tasks.square, [1], setup=partial(spread_tasks.offset, 3), ray=address))
+
+
 def test_each_task_comes_once(cluster: str) -> None:
     results = list(map_tasks(spread_tasks.square, range(30), setup=partial(spread_tasks.offset, 3), ray=cluster))
     assert sorted(results) == [(i, 3 + i * i) for i in range(30)]
@@ -166,9 +174,8 @@ def test_attacks_have_the_same_rows(cluster: str, tmp_path: Path) -> None:
         return [dataclasses.replace(row, seconds=0.0) for row in rows]
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a worker has it: sums differ in their last bits by the number of threads
     try:
-        here = run("here")
+        here = run("here", threads=1)  # as a worker has it
         there = run("there", ray=cluster, make=make)
         with pytest.raises(Stopped):
             run("half", ray=cluster, make=make, on_step=stop)

@@ -71,6 +71,7 @@ def run(options: argparse.Namespace, dataset: Any, detector: Any) -> Any:
         make=partial(Detector, backend=options.backend, **engine_options(options)),
         other=other,
         device=options.device,
+        threads=options.threads,
         keep=options.report is not None,
         on_step=_Eta(),
         ray=options.ray,

@@ -84,8 +84,10 @@ def changes(model: ModelFile) -> bool:
 class Attacker:
     """The attacks by name, and the pipelines they run on, built when the first is needed."""
 
-    def __init__(self, model: ModelFile, other: ModelFile | None, settings: RobustSettings, device: str) -> None:
-        self.model, self.other, self.settings, self.device = model, other, settings, device
+    def __init__(
+        self, model: ModelFile, other: ModelFile | None, settings: RobustSettings, device: str, threads: int | None = None
+    ) -> None:
+        self.model, self.other, self.settings, self.device, self.threads = model, other, settings, device, threads
         self._pipelines: dict[str, Any] = {}
 
     def pipeline(self, name: str = "own", frame: NDArray[np.uint8] | None = None) -> Any:
@@ -95,7 +97,7 @@ class Attacker:
 
         model = self.other if name == "other" and self.other is not None else self.model
         if name not in self._pipelines:
-            self._pipelines[name] = ScorePipeline(model, device=self.device)
+            self._pipelines[name] = ScorePipeline(model, device=self.device, threads=self.threads)
         pipeline = self._pipelines[name]
         return pipeline if frame is None else pipeline.through(Preparation(frame, model.config.image))
 

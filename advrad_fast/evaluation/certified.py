@@ -102,7 +102,7 @@ def draw_scores(
         on_image()
     tasks = (_Draws(load_image(dataset.test[i].path), draws, sigma, _seed(seed, names[i])) for i in missing)
     for index, (row, backend) in map_tasks(_draw, tasks, setup=make, ray=ray):
-        check_backend(detector, backend)
+        check_backend(detector.backend, backend)
         found[missing[index]] = row
         if file is not None:
             scores = None if row is None else [float(score) for score in row]

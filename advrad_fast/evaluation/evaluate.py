@@ -87,7 +87,7 @@ def evaluate(
 
     found: dict[int, tuple[Inspection, NDArray[np.float32] | None]] = {}
     for index, measured in map_tasks(_measure, tasks(), setup=make, ray=ray):
-        check_backend(detector, measured[0].backend)
+        check_backend(detector.backend, measured[0].backend)
         found[index] = measured
         if on_sample is not None:
             on_sample(dataset.test[index], measured[0])
@@ -136,15 +136,15 @@ def worker_setup(detector: Detector, ray: str | None, setup: Callable[[], Detect
     return setup
 
 
-def check_backend(detector: Detector, backend: str) -> None:
+def check_backend(wanted: str, backend: str) -> None:
     """Figures are of one backend.
 
     Raises:
         SpreadError: a worker's was another.
     """
-    if backend != detector.backend:
+    if backend != wanted:
         raise SpreadError(
-            f"a worker ran {backend}, where {detector.backend} runs here; name the backend and its precision, so that all run one"
+            f"a worker ran {backend}, where {wanted} runs here; name the backend and its precision, so that all run one"
         )
 
 

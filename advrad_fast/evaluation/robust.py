@@ -34,7 +34,7 @@ from advrad_fast.detector import Detector, Inspection
 from advrad_fast.errors import AttackError, ConfigError, DatasetError, PartNotFoundError, expected
 from advrad_fast.evaluation.attacker import Attacker, RobustSettings, changes
 from advrad_fast.evaluation.datasets import Dataset, Sample
-from advrad_fast.evaluation.evaluate import sample_name
+from advrad_fast.evaluation.evaluate import check_backend, sample_name
 from advrad_fast.evaluation.rows import (
     CLEAN,
     NO_BUDGET,
@@ -77,6 +77,7 @@ def evaluate_robust(
     make: Callable[[ModelFile], Detector] | None = None,
     other: ModelFile | None = None,
     device: str = "cpu",
+    threads: int | None = None,
     keep: bool = False,
     on_step: Callable[[int, int], None] | None = None,
     ray: str | None = None,
@@ -90,10 +91,12 @@ def evaluate_robust(
             the alignment, and with ``ray`` in each worker.  None will do without ``ray``, if the model does neither.
         other: the model that transferred attacks are made on; of the same image size.
         device: PyTorch's, for the attacks.
+        threads: PyTorch's, for the attacks, of the whole process and of each worker; None leaves them: one in a worker,
+            all cores here.  The last bits of an attacked image depend on them.
         keep: also keep attacked images as PNG, in a folder beside ``results``.
         on_step: called with (rows there are, rows there will be).
         ray: the address of a Ray cluster to spread the attacks over (:mod:`advrad_fast.spread`).  Rows are written
-            here, as they come.  Workers run one thread; the rows are those that one thread computes here.
+            here, as they come, and are those that as many threads as a worker has compute here.
 
     Returns:
         The run's rows and its summary, whose ``sanity`` says whether the rules hold (:func:`check_sanity`).
@@ -101,19 +104,22 @@ def evaluate_robust(
     Raises:
         ConfigError: settings that do not fit the model.
         DatasetError: the test set has no good or no bad images.
+        SpreadError: the cluster can't be used, or a worker runs another backend than ``detector``.
     """
     start = time.perf_counter()
     _check_whole(detector.model)
     model, name = detector.model, name or detector.model.fingerprint[:12]
     if make is None and (ray is not None or changes(model)):
         raise ConfigError("make: expected a function, as this model aligns or brightens, or ray is given, got None")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise ConfigError(expected("threads", "None or an integer of at least 1", threads))
     if ("transfer" in settings.attacks) != (other is not None):
         raise ConfigError(expected("other", "a model exactly where 'transfer' is among the attacks", other and "a model"))
     if other is not None and _size(other) != _size(model):
         raise ConfigError(expected("other: image size", str(_size(model)), _size(other)))
     samples = choose_samples(dataset, settings.limit)
     run = settings.run(detector, dataset.name, other)
-    attacker = Attacker(model, other, settings, device)
+    attacker = Attacker(model, other, settings, device, threads)
     surfaces = settings.attacked(model)
     wanted = [(NO_BUDGET, CLEAN, "prepared"), *product(settings.budgets, settings.attacks, surfaces)]
     done = {row.key: row for row in read_rows(results, run)}
@@ -134,9 +140,9 @@ def evaluate_robust(
                 yield _Task(common, None if lattice is None or surface == "prepared" else frame, lattice)
 
     results.parent.mkdir(parents=True, exist_ok=True)
-    state: Callable[[], tuple[Attacker, _Detectors]] = partial(_worker, make, attacker, detector.threshold)
+    state: Callable[[], tuple[Attacker, _Detectors]] = partial(_worker, make, attacker, detector.threshold, detector.backend)
     if ray is None:
-        detectors = _Detectors(make, model, detector.threshold, detector)
+        detectors = _Detectors(make, model, detector.threshold, detector.backend, detector)
         state = lambda: (attacker, detectors)  # noqa: E731
     there = sum(key in done for *_, key in keys)
     for _, (row, attacked) in map_tasks(_attack, tasks(), setup=state, ray=ray):
@@ -230,21 +236,25 @@ class _Detectors:
         make: Callable[[ModelFile], Detector] | None,
         model: ModelFile,
         threshold: float,
+        backend: str,
         camera: Detector | None = None,
     ) -> None:
-        self._make, self._model, self._threshold = make or Detector, model, threshold
+        self._make, self._model, self._threshold, self._backend = make or Detector, model, threshold, backend
         self._made = {} if camera is None else {"camera": camera} if changes(model) else {"camera": camera, "prepared": camera}
 
     def __getitem__(self, surface: str) -> Detector:
         if surface not in self._made:
             self._made[surface] = made = self._make(self._model if surface == "camera" else prepared_model(self._model))
+            check_backend(self._backend, made.backend)
             made.threshold = self._threshold
         return self._made[surface]
 
 
-def _worker(make: Callable[[ModelFile], Detector] | None, attacker: Attacker, threshold: float) -> tuple[Attacker, _Detectors]:
+def _worker(
+    make: Callable[[ModelFile], Detector] | None, attacker: Attacker, threshold: float, backend: str
+) -> tuple[Attacker, _Detectors]:
     """What a worker keeps from task to task."""
-    return attacker, _Detectors(make, attacker.model, threshold)
+    return attacker, _Detectors(make, attacker.model, threshold, backend)
 
 
 def _attack(state: tuple[Attacker, _Detectors], task: _Task) -> tuple[AttackRow, NDArray[np.uint8] | None]:

@@ -46,9 +46,12 @@ class ScorePipeline:
         model: the detector's model file.
         device: of PyTorch.
         autocast: run the network in bfloat16.  The gradient is rougher; the score is checked in float32 all the same.
+        threads: PyTorch's, of the whole process; None leaves them as they are.  The last bits of a sum depend on them.
     """
 
-    def __init__(self, model: ModelFile, *, device: str = "cpu", autocast: bool = False) -> None:
+    def __init__(self, model: ModelFile, *, device: str = "cpu", autocast: bool = False, threads: int | None = None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
         config = model.config
         self.device = torch.device(device)
         self.autocast = autocast
