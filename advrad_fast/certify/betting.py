@@ -173,7 +173,7 @@ class DecisionTest:
         n_min = math.ceil(math.log(self.alpha) / math.log(p))  # or more: no fortune is above p**-n
         divergence = math.log(2.0) + p * math.log(p) + (1.0 - p) * math.log1p(-p)
         #: a
-        self.level = self.alpha / (1.0 + math.exp(-n_min * max(divergence, 0.0)))
+        self.level = share("alpha", self.alpha / (1.0 + math.exp(-n_min * max(divergence, 0.0))))  # half of 5e-324 is 0
         self.outcome: str | None = None  #: OK, DEFECT or ABSTAIN once settled
         self.votes_used = 0  #: up to the one that settled it
         self.defects = 0  #: votes for DEFECT among them
