@@ -25,6 +25,8 @@ from advrad_fast.errors import ConfigError, expected
 #: Added to d, for the last digits of SciPy's quantiles: far above the worst error seen in tests/test_certify_bounds.py.
 ROUNDING = 1e-12
 
+MAX_CLAIMS = 2**53  #: that :func:`split_alpha` divides among
+
 
 def lower_bound(successes: ArrayLike, trials: ArrayLike, alpha: float) -> NDArray[np.float64]:
     """Clopper and Pearson's one-sided lower bound L: P[p < L] <= ``alpha`` for any p (1934; exact, so conservative).
@@ -107,8 +109,15 @@ def split_alpha(alpha: float, claims: int) -> float:
     """The level of each of ``claims`` claims that are to hold together but for a probability ``alpha`` (Bonferroni).
 
     It needs no independence: the claims may share draws, seeds or images.
+
+    Args:
+        alpha: in (0, 1).
+        claims: in [1, MAX_CLAIMS].
+
+    Raises:
+        ConfigError: a number is out of range.
     """
-    return share("alpha", alpha) / integer("claims", claims, 1)
+    return share("alpha", alpha) / integer("claims", claims, 1, MAX_CLAIMS)
 
 
 def check_radius(radius: object) -> float:

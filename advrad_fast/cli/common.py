@@ -126,7 +126,8 @@ def output(target: str | None) -> Iterator[TextIO | None]:
         yield stdout()
         stdout().flush()
     else:
-        with Path(target).open("w", encoding="utf-8", newline="") as file:
+        # A file name that is not UTF-8 is written as the bytes that it is.
+        with Path(target).open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             yield file
 
 

@@ -113,7 +113,7 @@ def _certified(options: argparse.Namespace, detector: Any, setup: Any, dataset: 
     figures = certified.figures(found, options.radii or certified.RADII, options.alpha)
     if options.plot is not None:
         title = f"{dataset.name}, sigma {found.sigma:g}, {options.votes} draws, alpha {options.alpha:g} an image"
-        options.plot.write_text(certified.curve_svg(*found.curve(options.alpha), title), encoding="utf-8")
+        options.plot.write_text(certified.curve_svg(*found.curve(options.alpha), title), encoding="utf-8", errors="replace")
         say(f"wrote {options.plot}")
     head = f"  certified AUROC, sigma {found.sigma:g}, {options.votes} draws, alpha {options.alpha:g} an image\n"
     rows = [f"    radius {radius:8s} {100 * value:.2f}\n" for radius, value in figures["certified_auroc"].items()]

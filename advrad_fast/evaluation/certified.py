@@ -18,7 +18,7 @@ from advrad_fast import certify
 from advrad_fast.checks import floats
 from advrad_fast.detector import Detector
 from advrad_fast.errors import ConfigError, DatasetError, InferenceError, PartNotFoundError, expected
-from advrad_fast.evaluation.datasets import Dataset, Sample
+from advrad_fast.evaluation.datasets import Dataset
 from advrad_fast.evaluation.evaluate import check_backend, labels_of, sample_name, worker_setup
 from advrad_fast.evaluation.rows import append_line
 from advrad_fast.images import load_image
@@ -148,7 +148,7 @@ def _draw(detector: Detector, task: _Draws) -> tuple[NDArray[np.float32] | None,
 
 
 def _seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogateescape")).digest()[:8], "little")
 
 
 def _kept(file: Path, header: dict[str, Any], draws: int) -> dict[str, NDArray[np.float32] | None]:
