@@ -7,7 +7,7 @@ It holds numbers, never a graph and never code.  Layout (https://github.com/hugg
 - ``calibration_scores``: float64 or float32 (n,), sorted;
 - for each sigma that the model can certify at, the tensors ``smoothing.<i>...`` (:mod:`advrad_fast.smoothing`);
 - metadata ``advrad_fast``: one JSON document ``{"schema", "config", "false_alarm_rate", "threshold", "provenance",
-  "smoothing"}``.  Schema 1, which is still read, has no ``smoothing``.
+  "smoothing", "self_test"}``.  Schemas 1 and 2 are still read: 2 has no ``self_test``, 1 no ``smoothing`` either.
 
 A file is untrusted until it has passed every check here.  The header is parsed under caps, and all names, types, shapes and
 offsets are compared with what the configuration calls for, before the first tensor is allocated.
@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from advrad_fast import selftest
 from advrad_fast.calibrate import conformal_threshold
 from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import ConfigError, ModelFileError
@@ -50,7 +51,7 @@ from advrad_fast.untrusted import (
     spread_map,
 )
 
-SCHEMA = 2  #: version of the JSON document
+SCHEMA = 3  #: version of the JSON document
 MAX_FILE_BYTES = 4 << 30  #: largest file that is opened
 MAX_HEADER_BYTES = 1 << 20  #: largest safetensors header; the largest UNet that UNetConfig allows takes a third of it
 MAX_PARAMETERS = 1 << 29  #: most weights of a network
@@ -79,6 +80,7 @@ class ModelFile:
         threshold: a score above it is a DEFECT.
         provenance: where the model comes from: data hash, training settings, versions, licence note; JSON scalars.
         smoothing: what it certifies with, one for each sigma, in rising order; may be empty.
+        self_test: what it must say of frames made for the purpose (:mod:`advrad_fast.selftest`); None where that is not known.
 
     Raises:
         ModelFileError: a field is inconsistent; the message names it, what was expected and what came.
@@ -93,6 +95,7 @@ class ModelFile:
     threshold: float
     provenance: dict[str, Scalar] = field(default_factory=dict)
     smoothing: tuple[Smoothing, ...] = ()
+    self_test: selftest.Expected | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, DetectorConfig):
@@ -115,6 +118,7 @@ class ModelFile:
         checked["threshold"] = number("threshold", self.threshold)
         checked["provenance"] = _checked_provenance(self.provenance)
         checked["smoothing"] = _checked_smoothing(self.smoothing, config)
+        checked["self_test"] = _checked_self_test(self.self_test)
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
@@ -188,6 +192,7 @@ class ModelFile:
             "threshold": self.threshold,
             "provenance": self.provenance,
             "smoothing": [smoothing.document() for smoothing in self.smoothing],
+            "self_test": None if self.self_test is None else self.self_test.document(),
         }
         try:
             write_atomically(Path(path), save(tensors, metadata={_KEY: dump(document)}))
@@ -257,6 +262,7 @@ class ModelFile:
             threshold=document["threshold"],
             provenance=document["provenance"],
             smoothing=tuple(part.build(tensors) for part in outlines),
+            self_test=selftest.parse("self_test", document.get("self_test")),
         )
 
     def _tensors(self) -> dict[str, NDArray[Any]]:
@@ -327,7 +333,7 @@ def _document(metadata: object) -> dict[str, Any]:
     schema = document.get("schema")
     if type(schema) is not int or not 1 <= schema <= SCHEMA:
         refuse("schema", f"1 to {SCHEMA} (a later one takes a later advrad_fast)", schema)
-    same_names(_KEY, _FIELDS if schema == 1 else (*_FIELDS, "smoothing"), document)
+    same_names(_KEY, (*_FIELDS, "smoothing", "self_test")[: len(_FIELDS) + schema - 1], document)
     return document
 
 
@@ -345,6 +351,12 @@ def _checked_smoothing(value: object, config: DetectorConfig) -> tuple[Smoothing
     if sigmas != sorted(set(sigmas)):
         refuse("smoothing", "sigmas in rising order", sigmas)
     return checked
+
+
+def _checked_self_test(value: object) -> selftest.Expected | None:
+    if value is not None and not isinstance(value, selftest.Expected):
+        refuse("self_test", "an Expected or None", value)
+    return None if value is None else value.checked("self_test")
 
 
 def _config(value: object) -> DetectorConfig:

@@ -24,12 +24,12 @@ KERNELS = ROOT / "kernels"  # installs as advrad_fast.kernels
 # From the ground up: a module imports from its own floor or lower ones.  A package stands for all its modules.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "schedule", "philox", "lattice", "files", "untrusted"),
-    ("images", "pose", "model", "smoothing", "certify", "calibrate", "graph", "graph_precision"),
+    ("images", "pose", "model", "selftest", "smoothing", "certify", "calibrate", "graph", "graph_precision"),
     ("kernels", "_native", "reference"),
     ("backends",),
     ("detector", "voting"),
     ("",),  # the package's public face
-    ("training", "evaluation", "overlay", "line"),
+    ("training", "evaluation", "overlay", "line", "recalibrate"),
     ("bench",),
     ("cli", "demo", "__main__"),
 )
