@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advrad_fast import backends, calibrate, gpu_frames, images, philox, tiles, voting
+from advrad_fast import backends, calibrate, gpu_frames, images, philox, selftest, tiles, voting
 from advrad_fast.backends import Votes
 from advrad_fast.certify import Certificate, DecisionTest
 from advrad_fast.errors import AdvRADError, ConfigError, ImageError, InferenceError, PartNotFoundError, expected
@@ -88,13 +88,17 @@ class Detector:
         backend: ``auto``, ``cpu``, ``cuda`` or ``reference``.
         seed: of the noise, in [0, 2**64).  None draws a fresh one from the operating system for every frame, so that
             nobody can prepare a part or an image for the noise to come.
+        self_test: run :meth:`self_test` now.
         options: the backend's own (:func:`advrad_fast.backends.create`).
 
     Raises:
         BackendUnavailableError: the backend can't be had here; the message has each one's reason.
+        InferenceError: the self-test failed.
     """
 
-    def __init__(self, model: ModelFile, *, backend: str = "auto", seed: int | None = 0, **options: Any) -> None:
+    def __init__(
+        self, model: ModelFile, *, backend: str = "auto", seed: int | None = 0, self_test: bool = True, **options: Any
+    ) -> None:
         self._model = model
         self._seed = None if seed is None else philox.check_seed(seed)
         mu, inverse_spread = model.mu, model.inverse_spread
@@ -106,6 +110,8 @@ class Detector:
         self._threshold = model.threshold
         self._smoothed: dict[float, Votes] = {}
         self._building = threading.Lock()
+        if self_test:
+            self.self_test()
 
     @classmethod
     def load(cls, path: str | PathLike[str], *, backend: str = "auto", seed: int | None = 0, **options: Any) -> Detector:
@@ -113,7 +119,7 @@ class Detector:
 
         Raises:
             ModelFileError: the file is damaged, foreign or inconsistent.
-            BackendUnavailableError: as for the constructor.
+            BackendUnavailableError, InferenceError: as for the constructor.
         """
         return cls(ModelFile.load(path), backend=backend, seed=seed, **options)
 
@@ -266,6 +272,34 @@ class Detector:
                 _log.warning("frame %d: %s", len(results), error)
                 results.append(self._failed(Outcome.ERROR, error, start))
         return results
+
+    def self_test(self) -> selftest.SelfTest | None:
+        """Look at the frames whose results the model knows (:mod:`advrad_fast.selftest`); this also warms everything up.
+
+        It sees a model, an engine or a machine that is damaged, as far as that changes results by more than the precision does.
+
+        Returns:
+            by how much the results were off; None where the model knows none (schemas 1 and 2): nothing was tested.
+
+        Raises:
+            SelfTestError: a result is off by more than the bound of the precision.
+            InferenceError: the engine failed, or what came back is no result.
+        """
+        known = self._model.self_test
+        if known is None:
+            _log.info("no self-test: the model has no frames with known results")
+            return None
+        frames = selftest.frames(self._model.config.image)
+        scores, maps = np.empty(len(frames), dtype=np.float32), np.empty(frames.shape[:3], dtype=np.float32)
+        for i, frame in enumerate(frames):
+            for want_maps in (False, True):  # both ways that a frame can go
+                result = self._backend.score(frame[None], seed=selftest.SEED, want_maps=want_maps)
+                score = _checked_score(result, frame.shape[:2], want_maps)
+                if not want_maps:
+                    scores[i] = score
+                elif result.maps is not None:
+                    maps[i] = result.maps[0]
+        return selftest.compare(known, scores, maps, self._backend.precision)
 
     def certify(
         self,

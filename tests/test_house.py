@@ -24,12 +24,12 @@ KERNELS = ROOT / "kernels"  # installs as advrad_fast.kernels
 # From the ground up: a module imports from its own floor or lower ones.  A package stands for all its modules.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "schedule", "philox", "lattice", "files", "untrusted", "dlpack"),
-    ("images", "gpu_frames", "pose", "model", "smoothing", "certify", "calibrate", "graph", "graph_precision", "tiles"),
+    ("images", "gpu_frames", "pose", "model", "selftest", "smoothing", "certify", "calibrate", "graph", "graph_precision", "tiles"),
     ("kernels", "_native", "reference"),
     ("backends",),
     ("detector", "voting", "tiling"),
     ("",),  # the package's public face
-    ("training", "evaluation", "overlay", "line"),
+    ("training", "evaluation", "overlay", "line", "recalibrate"),
     ("bench",),
     ("cli", "demo", "__main__"),
 )

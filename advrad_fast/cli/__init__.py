@@ -13,14 +13,26 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from advrad_fast import __version__
-from advrad_fast.cli import backends, bench, certification, compilation, demo, evaluation, inspection, stream, train, watch
+from advrad_fast.cli import (
+    backends,
+    bench,
+    certification,
+    compilation,
+    demo,
+    evaluation,
+    inspection,
+    recalibration,
+    stream,
+    train,
+    watch,
+)
 from advrad_fast.cli.common import FAILED, FOUND, OK, say
 from advrad_fast.errors import AdvRADError
 
 __all__ = ["FAILED", "FOUND", "OK", "main"]
 
 #: In the order of ``--help``.
-COMMANDS = (train, inspection, stream, watch, certification, evaluation, compilation, bench, backends, demo)
+COMMANDS = (train, inspection, stream, watch, certification, evaluation, recalibration, compilation, bench, backends, demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
