@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from advrad_fast import backends, calibrate, gpu_frames, images, philox, selftest, tiles, voting
 from advrad_fast.backends import Votes
 from advrad_fast.certify import Certificate, DecisionTest
+from advrad_fast.checks import finite, truth
 from advrad_fast.errors import AdvRADError, ConfigError, ImageError, InferenceError, PartNotFoundError, expected
 from advrad_fast.model import ModelFile
 from advrad_fast.smoothing import Smoothing
@@ -93,7 +94,7 @@ class Detector:
 
     Raises:
         BackendUnavailableError: the backend can't be had here; the message has each one's reason.
-        InferenceError: the self-test failed.
+        SelfTestError, InferenceError: the self-test failed.
     """
 
     def __init__(
@@ -101,11 +102,8 @@ class Detector:
     ) -> None:
         self._model = model
         self._seed = None if seed is None else philox.check_seed(seed)
-        mu, inverse_spread = model.mu, model.inverse_spread
         self._by_position = model.tiling is not None and model.tiling.frame is not None
-        if self._by_position:  # a tile's map is the error itself; the normal map is the frame's
-            size = (model.config.image.height, model.config.image.width)
-            mu, inverse_spread = np.zeros(size, dtype=np.float32), np.ones(size, dtype=np.float32)
+        mu, inverse_spread = model.network_maps
         self._backend = backends.create(backend, model.config, model.weights, mu, inverse_spread, **options)
         self._threshold = model.threshold
         self._smoothed: dict[float, Votes] = {}
@@ -140,7 +138,7 @@ class Detector:
 
     @threshold.setter
     def threshold(self, value: float) -> None:
-        self._threshold = _finite("threshold", value)
+        self._threshold = finite("threshold", value)
 
     @property
     def false_alarm_rate(self) -> float:
@@ -175,9 +173,10 @@ class Detector:
             ImageError: the frame breaks the input contract, or lies on a GPU and the backend is not ``cuda`` on that one.
             InferenceError: the engine failed, memory ran out, or what came back is no result: not finite, of another shape, or
                 a score that is not its map's maximum.
+            ConfigError: ``maps`` or ``seed`` is out of range.
         """
         start = time.perf_counter()
-        noise_seed = self._draw_seed(seed)
+        noise_seed, maps = self._draw_seed(seed), truth("maps", maps)
         inspect = self._inspect if self._model.tiling is None else self._inspect_tiles
         try:
             return inspect(frame, maps, noise_seed, start)
@@ -251,7 +250,7 @@ class Detector:
             outcome=Outcome.DEFECT if score > threshold else Outcome.OK,
             score=score,
             threshold=threshold,
-            p_value=float(calibrate.p_value(self._model.calibration_scores, np.array([score]))[0]),
+            p_value=calibrate.checked_p_value(self._model.calibration_scores, score),
             anomaly_map=anomaly_map,
             mask=mask,
             backend=self.backend,
@@ -262,8 +261,14 @@ class Detector:
         """Inspect frames; a bad one becomes an ERROR in its place, and the others keep their results.
 
         Each result equals :meth:`inspect`'s of the same frame and seed.
+
+        Raises:
+            ImageError: ``frames`` is not iterable.
+            ConfigError: as :meth:`inspect`.
         """
-        results = []
+        if not isinstance(frames, Iterable) or (isinstance(frames, np.ndarray) and frames.ndim == 0):
+            raise ImageError(expected("frames", "an iterable of frames", type(frames)))
+        results: list[Inspection] = []
         for frame in frames:
             start = time.perf_counter()
             try:
@@ -277,9 +282,10 @@ class Detector:
         """Look at the frames whose results the model knows (:mod:`advrad_fast.selftest`); this also warms everything up.
 
         It sees a model, an engine or a machine that is damaged, as far as that changes results by more than the precision does.
+        It does not see the networks that :meth:`certify` builds, nor normal maps by position.
 
         Returns:
-            by how much the results were off; None where the model knows none (schemas 1 and 2): nothing was tested.
+            by how much the results were off; None where the model knows none (schemas 1 to 3): nothing was tested.
 
         Raises:
             SelfTestError: a result is off by more than the bound of the precision.
@@ -345,7 +351,7 @@ class Detector:
         """
         max_votes = voting.check_votes("max_votes", max_votes)
         smoothing = self._smoothing(radius, sigma, alpha, max_votes)
-        threshold = smoothing.threshold if threshold is None else _finite("threshold", threshold)
+        threshold = smoothing.threshold if threshold is None else finite("threshold", threshold)
         test = None if radius is None else DecisionTest(radius, smoothing.sigma, alpha, pixels=self._pixels)
         noise_seed = secrets.randbits(64) if seed is None else philox.check_seed(seed)
         try:
@@ -418,7 +424,7 @@ class Detector:
         if not model.smoothing:
             raise ConfigError("certify: expected a model that has a sigma to certify at; `advrad-fast certify --fit` adds one")
         if sigma is not None:
-            if isinstance(sigma, bool) or sigma not in model.sigmas:
+            if finite("sigma", sigma) not in model.sigmas:
                 raise ConfigError(expected("sigma", f"one of the model's {list(model.sigmas)}", sigma))
             return model.smoothing[model.sigmas.index(sigma)]
         if radius is None:
@@ -451,14 +457,6 @@ class Detector:
     def _failed(self, outcome: Outcome, error: AdvRADError, start: float) -> Inspection:
         timings = MappingProxyType({"total": _ms(start)})
         return Inspection(outcome, None, self._threshold, None, None, None, self.backend, timings, error)
-
-
-def _finite(name: str, value: object) -> float:
-    real = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
-    too_large = isinstance(value, int) and abs(value) > sys.float_info.max  # float() would overflow
-    if not real or too_large or not math.isfinite(value):  # type: ignore[arg-type]
-        raise ConfigError(expected(name, "a finite number", value))
-    return float(value)  # type: ignore[arg-type]
 
 
 def _checked_score(result: backends.Scores, size: tuple[int, ...], want_maps: bool) -> float:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import glob
 import io
 import os
+import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -123,8 +124,9 @@ def load_image(path: StrPath, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
         ImageError: transparent pixels, or float pixels outside [0, 1].
         ConfigError: ``max_pixels`` is not a positive integer.
     """
-    if isinstance(max_pixels, bool) or not isinstance(max_pixels, int) or max_pixels < 1:
-        raise ConfigError(expected("max_pixels", "an integer of at least 1", max_pixels))
+    _check_cap(max_pixels)
+    if not isinstance(path, str | os.PathLike):
+        raise ImageDecodeError(f"{expected('path', 'a path', path)}: can't be opened")
     try:
         name = os.fsdecode(path)
         if not stat.S_ISREG(Path(name).stat().st_mode):  # before opening, as opening a pipe would wait
@@ -133,15 +135,42 @@ def load_image(path: StrPath, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
     except (OSError, TypeError, ValueError) as error:
         raise ImageDecodeError(f"{path!r}: can't be opened: {error}") from error
     with file:
-        try:
-            image = _open(file, name)
-            check_size(name, image.height, image.width, max_pixels)
-            with image:
-                return _from_pil(image, name)
-        except ImageError:
-            raise
-        except Exception as error:  # Pillow's decoders raise nearly anything on hostile bytes
-            raise ImageDecodeError(f"{name}: can't be decoded: {error}") from error
+        return _decode(file, name, max_pixels)
+
+
+def decode_image(data: bytes, name: str = "image", *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """An image file's bytes, read as :func:`load_image` reads the file.
+
+    Args:
+        data: the whole file.
+        name: what messages call it.
+        max_pixels: as there.
+
+    Raises:
+        ImageError, ConfigError: as there; ``data`` is not bytes.
+    """
+    _check_cap(max_pixels)
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise ImageError(expected(name, "an image file's bytes", type(data)))
+    with io.BytesIO(data) as file:
+        return _decode(file, name, max_pixels)
+
+
+def _check_cap(max_pixels: object) -> None:
+    if isinstance(max_pixels, bool) or not isinstance(max_pixels, int) or max_pixels < 1:
+        raise ConfigError(expected("max_pixels", "an integer of at least 1", max_pixels))
+
+
+def _decode(file: IO[bytes], name: str, max_pixels: int) -> NDArray[np.uint8]:
+    try:
+        image = _open(file, name)
+        check_size(name, image.height, image.width, max_pixels)
+        with image:
+            return _from_pil(image, name)
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on hostile bytes
+        raise ImageDecodeError(f"{name}: can't be decoded: {error}") from error
 
 
 def prepare(frame: object, config: ImageConfig) -> Prepared:
@@ -273,6 +302,8 @@ def list_images(paths: StrPath | Iterable[StrPath]) -> list[Path]:
     """
     if isinstance(paths, bytes):
         raise ImageError(expected("paths", "a path or several", paths))
+    if not isinstance(paths, str | os.PathLike | Iterable) or (isinstance(paths, np.ndarray) and paths.ndim == 0):
+        raise ImageError(expected("paths", "a path or several", paths))
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not given:
         raise ImageError(expected("paths", "at least one file, folder or pattern", given))
@@ -280,21 +311,30 @@ def list_images(paths: StrPath | Iterable[StrPath]) -> list[Path]:
     for item in given:
         if not isinstance(item, str | os.PathLike):
             raise ImageError(expected("paths", "str or pathlib paths", item))
-        path = Path(item)
-        # Existing names come first: brackets in a file's name are not a pattern.
-        if path.is_file():
-            images = [path]
-        elif path.is_dir():
-            images = _walk(path)
-        elif glob.has_magic(str(item)):
-            matches = [Path(match) for match in sorted(glob.glob(str(item), recursive=True))]  # noqa: PTH207  (any pattern)
-            images = sorted({p for m in matches for p in (_walk(m) if m.is_dir() else [m] if _is_image(m) else [])})
-        else:
-            raise ImageError(f"{path}: no such file or folder")
-        if not images:
-            raise ImageError(f"{path}: no image found; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
-        found.update(dict.fromkeys(images))
+        try:
+            found.update(dict.fromkeys(_found(Path(item))))
+        except (OSError, TypeError, ValueError, re.error) as error:  # a name that is too long, of bytes, with a null character
+            if isinstance(error, ImageError):
+                raise
+            raise ImageError(f"{expected('paths', 'files, folders and patterns', item)}: {error}") from error
     return list(found)
+
+
+def _found(path: Path) -> list[Path]:
+    """The images that one path stands for, at least one."""
+    # Existing names come first: brackets in a file's name are not a pattern.
+    if path.is_file():
+        images = [path]
+    elif path.is_dir():
+        images = _walk(path)
+    elif glob.has_magic(str(path)):
+        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207  (any pattern)
+        images = sorted({p for m in matches for p in (_walk(m) if m.is_dir() else [m] if _is_image(m) else [])})
+    else:
+        raise ImageError(f"{path}: no such file or folder")
+    if not images:
+        raise ImageError(f"{path}: no image found; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
+    return images
 
 
 def _is_image(path: Path) -> bool:

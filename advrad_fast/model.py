@@ -83,7 +83,8 @@ class ModelFile:
         provenance: where the model comes from: data hash, training settings, versions, licence note; JSON scalars.
         smoothing: what it certifies with, one for each sigma, in rising order; may be empty.
         tiling: if frames are inspected in tiles, how; the calibration scores and the threshold are of whole frames, then.
-        self_test: what it must say of frames made for the purpose (:mod:`advrad_fast.selftest`); None where that is not known.
+        self_test: what its network must say of frames made for the purpose (:mod:`advrad_fast.selftest`); None where that is not
+            known.  A copy with other weights, maps or settings takes None, or :func:`advrad_fast.selftest_record.with_self_test`.
 
     Raises:
         ModelFileError: a field is inconsistent; the message names it, what was expected and what came.
@@ -110,6 +111,8 @@ class ModelFile:
         config = _config(parse("config", dump(self.config.to_json()).encode()))
         shapes = _weight_shapes(config)
         same_names("weights", shapes, self.weights)
+        if not isinstance(self.tiling, TilingConfig | None):
+            refuse("tiling", "a TilingConfig or None", self.tiling)
         tiling = _tiling(None if self.tiling is None else self.tiling.to_json(), config)
         size = _map_size(config, tiling)
         checked: dict[str, object] = {
@@ -134,6 +137,23 @@ class ModelFile:
     def inverse_spread(self) -> NDArray[np.float32]:
         """float32 (H, W): 1 / spread, or ones."""
         return inverse(self.mu, self.spread)
+
+    @property
+    def network_maps(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """mu and 1 / spread as a backend gets them: float32 (H, W) each, of the network's input.
+
+        With normal maps by position the backend returns a tile's error itself: they are 0 and 1.
+        """
+        if self.tiling is None or self.tiling.frame is None:
+            return self.mu, self.inverse_spread
+        size = (self.config.image.height, self.config.image.width)
+        return np.zeros(size, dtype=np.float32), np.ones(size, dtype=np.float32)
+
+    @property
+    def half(self) -> bool:
+        """Whether all weights are float16 numbers, so that ``save(half=True)`` changes none."""
+        with np.errstate(over="ignore"):
+            return all(np.array_equal(array.astype(np.float16), array) for array in self.weights.values())
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -205,10 +225,11 @@ class ModelFile:
             "tiling": None if self.tiling is None else self.tiling.to_json(),
             "self_test": None if self.self_test is None else self.self_test.document(),
         }
+        file = _path(path)
         try:
-            write_atomically(Path(path), save(tensors, metadata={_KEY: dump(document)}))
+            write_atomically(file, save(tensors, metadata={_KEY: dump(document)}))
         except (OSError, ValueError) as error:
-            raise ModelFileError(f"{os.fspath(path)}: cannot be written: {error}") from error
+            raise ModelFileError(f"{file}: cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ModelFile:
@@ -217,7 +238,7 @@ class ModelFile:
         Raises:
             ModelFileError: the file is missing, unreadable, damaged, foreign or inconsistent; the message names the field.
         """
-        name = Path(path)
+        name = _path(path)
         try:
             status = name.stat()  # before opening, as opening a pipe would wait
             if not stat.S_ISREG(status.st_mode):
@@ -370,6 +391,13 @@ def _checked_self_test(value: object) -> selftest.Expected | None:
     if value is not None and not isinstance(value, selftest.Expected):
         refuse("self_test", "an Expected or None", value)
     return None if value is None else value.checked("self_test")
+
+
+def _path(value: object) -> Path:
+    try:
+        return Path(value)  # type: ignore[arg-type]
+    except TypeError:
+        refuse("path", "a path", value)
 
 
 def _config(value: object) -> DetectorConfig:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from advrad_fast.config import PoseConfig
+from advrad_fast.checks import integer
+from advrad_fast.config import MAX_SIDE, PoseConfig
 from advrad_fast.errors import ConfigError, ImageError, PartNotFoundError, expected
 
 #: (2, 3) float64: ``source_xy = affine[:, :2] @ output_xy + affine[:, 2]``.
@@ -64,6 +65,8 @@ def fit_pose(images: Sequence[NDArray[np.uint8]]) -> PoseConfig:
             background; says which frame and why.
         ImageError: an image is not uint8 (H, W, 1 or 3).
     """
+    if not isinstance(images, Sequence | np.ndarray) or getattr(images, "ndim", 1) == 0:
+        raise ImageError(expected("images", "a sequence of frames", type(images)))
     if len(images) < _MIN_IMAGES:
         raise ConfigError(expected("images", f"at least {_MIN_IMAGES} good frames to fit a pose rule", len(images)))
     works = [_work(image, f"images[{i}]") for i, image in enumerate(images)]
@@ -133,7 +136,7 @@ def align(image: NDArray[np.uint8], rule: PoseConfig, height: int, width: int) -
     Args:
         image: uint8 (H, W, C), C = 1 or 3.
         rule: from :func:`fit_pose`.
-        height, width: of the result, pixels.
+        height, width: of the result, pixels, in [1, 4096].
 
     Returns:
         The uint8 (height, width, C) image and the affine from its pixels to the frame's.
@@ -142,9 +145,11 @@ def align(image: NDArray[np.uint8], rule: PoseConfig, height: int, width: int) -
         PartNotFoundError: no component stands out, its length or area is outside the rule's range, or the part is
             cut off by the frame's edge.
         ImageError: ``image`` is not uint8 (H, W, 1 or 3).
+        ConfigError: ``height`` or ``width`` is out of range.
     """
     from PIL import Image
 
+    height, width = integer("height", height, 1, MAX_SIDE), integer("width", width, 1, MAX_SIDE)
     grey, work_factor = _work(image, "image")
     contrast = _background(grey) - grey
     part = _find(contrast if rule.dark_part else -contrast, rule.min_contrast * 255.0, work_factor)

@@ -19,10 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advrad_fast import calibrate
+from advrad_fast.checks import share
 from advrad_fast.config import SPREAD_FLOOR, TilingConfig
 from advrad_fast.detector import Detector
-from advrad_fast.errors import CalibrationError, ConfigError, PartNotFoundError, expected
+from advrad_fast.errors import CalibrationError, ConfigError, ImageError, PartNotFoundError, expected
 from advrad_fast.model import ModelFile
+from advrad_fast.selftest_record import with_self_test
 from advrad_fast.tiles import default_overlap, tile_seed
 
 _log = logging.getLogger(__name__)
@@ -68,14 +70,18 @@ def fit_tiling(
         raise ConfigError("model: expected one that does not align the part (train with align='off')")
     if model.tiling is not None and model.tiling.frame is not None:
         raise ConfigError("model: expected one whose normal map is a tile's, got one with normal maps by position")
+    for name, frames in (("calibration", calibration), ("normals", normals if normals is not None else ())):
+        if not isinstance(frames, Iterable) or (isinstance(frames, np.ndarray) and frames.ndim == 0):
+            raise ImageError(expected(name, "an iterable of frames", type(frames)))
+    target = model.false_alarm_rate if false_alarm_rate is None else share("false_alarm_rate", false_alarm_rate)
     tiling = TilingConfig(default_overlap(image.height, image.width) if overlap is None else overlap)
     tiled = dataclasses.replace(model, smoothing=(), tiling=tiling)
     if normals is not None:
         tiled = _by_position(tiled, normals, backend, options)
+        tiled = with_self_test(tiled, **{key: value for key, value in options.items() if key in ("cache_dir", "threads")})
     scores = np.sort([_score(d, f, i) for d in (Detector(tiled, backend=backend, **options),) for i, f in enumerate(calibration)])
     if not len(scores):
         raise CalibrationError(expected("calibration", "at least one good frame", 0))
-    target = model.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
     rate = max(target, calibrate.attainable_rate(len(scores)))
     if rate > target:
         _log.warning("%d calibration frames hold a false-alarm rate of %.3g at best, not %.3g", len(scores), rate, target)
@@ -126,4 +132,4 @@ def _blank(model: ModelFile, frame: object) -> ModelFile:
     zeros: NDArray[np.float32] = np.zeros((height, width), dtype=np.float32)
     spread = np.ones_like(zeros) if model.config.score.spread else None
     tiling = TilingConfig(TilingConfig().overlap if model.tiling is None else model.tiling.overlap, (height, width))
-    return dataclasses.replace(model, mu=zeros, spread=spread, tiling=tiling)
+    return dataclasses.replace(model, mu=zeros, spread=spread, tiling=tiling, self_test=None)

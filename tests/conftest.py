@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -71,3 +74,15 @@ def way(request: pytest.FixtureRequest, emulators: dict[str, Any]) -> Any:
     if request.param not in emulators:
         emulators[request.param] = Emulator(request.getfixturevalue("executable"), request.param)
     return emulators[request.param]
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """A Ray cluster of two workers on this machine; they import the tests' modules."""
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)
+        yield "local"
+        ray.shutdown()

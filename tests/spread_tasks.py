@@ -6,7 +6,9 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
+from advrad_fast import Detector, ModelFile
 from advrad_fast.errors import DatasetError
 
 
@@ -45,3 +47,21 @@ def dies_once(state: str, task: int) -> int:
 def dies(state: int, task: int) -> int:
     os.kill(os.getpid(), signal.SIGKILL)
     return task
+
+
+class Slow(Detector):
+    """Slow enough to be killed meanwhile."""
+
+    def inspect(self, *arguments: Any, **options: Any) -> Any:
+        time.sleep(0.05)
+        return super().inspect(*arguments, **options)
+
+    def certify(self, *arguments: Any, **options: Any) -> Any:
+        time.sleep(0.05)
+        return super().certify(*arguments, **options)
+
+
+def slow(folder: Path, model: ModelFile) -> Detector:
+    """Makes one and says in which process: the name of a file in ``folder``."""
+    (folder / str(os.getpid())).touch()
+    return Slow(model, backend="cpu", threads=1, cache_dir=False)

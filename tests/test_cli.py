@@ -109,6 +109,29 @@ def test_one_defect_among_good_parts(model: Path, images: Path, capsys: Capture)
     assert inspect(model, images, "--json", "-", "--threshold", repr(scores[2])) == 0  # not above it
 
 
+@pytest.mark.parametrize("as_json", [True, False])
+def test_what_ray_prints_is_not_among_the_results(
+    model: Path, images: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    """Its threads write to sys.stdout, whatever is said to ray.init()."""
+    from advrad_fast import batch
+
+    inspect_files = batch.inspect_files
+
+    def noisy(*arguments: Any, ray: str, **options: Any) -> Any:
+        for result in inspect_files(*arguments, **options):
+            sys.stdout.write(f"(raylet) a worker of {ray} died\n")
+            yield result
+
+    monkeypatch.setattr(batch, "inspect_files", noisy)
+    assert inspect(model, images, "--ray", "x", *(["--json", "-"] if as_json else [])) in (0, 1)
+    captured = capsys.readouterr()
+    assert captured.err.count("(raylet) a worker of x died") == len(captured.out.splitlines()) == 3
+    assert "raylet" not in captured.out
+    sys.stdout.write("back")
+    assert capsys.readouterr().out == "back"
+
+
 @pytest.mark.parametrize("threshold", [1e6, -1])
 def test_a_broken_file_does_not_keep_the_others_from_being_inspected(
     model: Path, images: Path, capsys: Capture, threshold: float

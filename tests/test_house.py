@@ -23,13 +23,13 @@ KERNELS = ROOT / "kernels"  # installs as advrad_fast.kernels
 
 # From the ground up: a module imports from its own floor or lower ones.  A package stands for all its modules.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "schedule", "philox", "lattice", "files", "untrusted", "dlpack"),
-    ("images", "gpu_frames", "pose", "model", "selftest", "smoothing", "certify", "calibrate", "graph", "graph_precision", "tiles"),
+    ("errors", "checks", "config", "schedule", "philox", "lattice", "files", "untrusted", "dlpack", "selftest", "spread"),
+    ("images", "gpu_frames", "pose", "model", "smoothing", "certify", "calibrate", "graph", "graph_precision", "tiles"),
     ("kernels", "_native", "reference"),
     ("backends",),
-    ("detector", "voting", "tiling"),
+    ("detector", "voting", "tiling", "recalibrate", "selftest_record"),
     ("",),  # the package's public face
-    ("training", "evaluation", "overlay", "line", "recalibrate"),
+    ("training", "evaluation", "overlay", "line", "batch", "serving"),
     ("bench",),
     ("cli", "demo", "__main__"),
 )
@@ -43,7 +43,7 @@ HOMES = {
     "nncf": ("backends",),
     "tensorrt": ("backends", "cli"),
     "tensorrt_rtx": ("backends", "cli"),
-    "ray": ("evaluation.spread",),
+    "ray": ("spread", "serving"),
     "pycuda": ("backends", "cli", "kernels"),
     "triton": ("kernels",),
     "cv2": ("line",),
@@ -51,7 +51,7 @@ HOMES = {
     "genicam": ("line",),
     "paho": ("line",),
     "prometheus_client": ("line",),
-    "starlette": ("line.watch",),
+    "starlette": ("line.watch", "serving"),
     "uvicorn": ("line.watch",),
 }
 

@@ -11,8 +11,9 @@ import pytest
 from models import small_model
 from PIL import Image
 
+from advrad_fast import batch
 from advrad_fast.bench.timing import Timing, row
-from advrad_fast.cli import certification, inspection
+from advrad_fast.cli import certification
 from advrad_fast.line.results import ROW_KEYS
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -48,7 +49,8 @@ def promised(command: str) -> list[str]:
 
 
 def test_promised_keys() -> None:
-    assert promised("inspect") == list(inspection.INSPECT_KEYS)
+    assert promised("inspect") == list(batch.ROW_KEYS)
+    assert promised("serve") == [*batch.ROW_KEYS, "error", "message"]
     assert promised("stream --jsonl") == list(ROW_KEYS)
     assert promised("bench") == [*row("x", (), 1, "cpu", "fp32", Timing(1, 1, 1, 1)), "details"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from models import assert_equal, certifiable, small_model, tiny_model, without_n
 from PIL import Image
 from streams import frames
 
-from advrad_fast import Detector, ModelFile, calibrate, cli
-from advrad_fast.errors import CalibrationError, ConfigError, DatasetError, ImageError
-from advrad_fast.recalibrate import frames_needed, recalibrate, with_self_test
+from advrad_fast import Detector, ModelFile, calibrate, cli, selftest
+from advrad_fast.errors import CalibrationError, ConfigError, DatasetError, ImageError, SelfTestError
+from advrad_fast.recalibrate import frames_needed, recalibrate
+from advrad_fast.selftest_record import with_self_test
+from advrad_fast.tiling import fit_tiling
 from advrad_fast.training import fitting
 
 OPTIONS: dict[str, Any] = {"backend": "cpu", "precision": "fp32", "threads": 1, "cache_dir": False}
@@ -60,12 +63,21 @@ def test_every_sigma_is_recalibrated() -> None:
         assert one.threshold == calibrate.conformal_threshold(one.calibration_scores, model.false_alarm_rate)
         np.testing.assert_array_equal(one.mu, before.mu)
     detector = Detector(new, **OPTIONS)
-    draws = detector.smoothed_scores(frames(12)[0], 5, sigma=0.25, seed=0 + int(new_position(12, 0)) + 1)
-    assert float(np.median(draws)) in new.smoothing[1].calibration_scores
+    draws = [detector.smoothed_scores(frame, 5, sigma=0.25, seed=i + 1) for i, frame in enumerate(frames(12))]
+    np.testing.assert_array_equal(new.smoothing[1].calibration_scores, np.sort(np.median(draws, axis=1)))
 
 
-def new_position(count: int, frame: int) -> int:
-    return int(np.flatnonzero(np.random.default_rng(0).permutation(count) == frame)[0])
+def test_a_threshold_for_a_radius_stays_one() -> None:
+    """Its calibration scores are the least thresholds at which a frame is certified, not medians."""
+    model = certifiable(without_norm(small_model()), 0.25, radius=0.05, alpha=0.05, draws=41)
+    new = recalibrate(model, frames(9), **OPTIONS)
+    one, detector = new.smoothing[0], Detector(new, **OPTIONS)
+    assert (one.radius, one.alpha, one.draws) == (0.05, 0.05, 41)
+    for i, frame in enumerate(frames(9)):
+        again = {"sigma": 0.25, "alpha": 0.05, "max_votes": 41, "seed": i + 1}
+        assert detector.certify(frame, 0.05, **again).outcome == "OK"  # type: ignore[arg-type]
+    medians = [np.median(detector.smoothed_scores(f, 41, sigma=0.25, seed=i + 1)) for i, f in enumerate(frames(9))]
+    assert one.threshold > max(medians)
 
 
 def test_too_few_frames_say_how_many_it_takes() -> None:
@@ -78,14 +90,36 @@ def test_too_few_frames_say_how_many_it_takes() -> None:
 
 
 def test_bad_frames_and_settings() -> None:
-    with pytest.raises(ImageError, match="frame 1: frame: expected"):
-        recalibrate(small_model(), [*frames(1), None], **OPTIONS)
+    with pytest.raises(ImageError, match="frame 9: frame: expected"):
+        recalibrate(small_model(), [*frames(9), None], **OPTIONS)
+    with pytest.raises(ConfigError, match="frames: expected a sequence"):
+        recalibrate(small_model(), iter(frames(9)), **OPTIONS)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="false_alarm_rate"):
         recalibrate(small_model(), frames(1), false_alarm_rate=1.0, **OPTIONS)
     with pytest.raises(ConfigError, match="seed"):
-        recalibrate(small_model(), frames(1), seed=-1, **OPTIONS)
-    with pytest.raises(DatasetError, match="no part was found in 3 of 3 frames"):
-        recalibrate(tiny_model(), [np.zeros((20, 20), np.uint8)] * 3, **OPTIONS)
+        recalibrate(small_model(), frames(9), seed=-1, **OPTIONS)
+    with pytest.raises(DatasetError, match="no part was found in 9 of 9 frames"):
+        recalibrate(tiny_model(), [np.zeros((20, 20), np.uint8)] * 9, **OPTIONS)
+    damaged = dataclasses.replace(small_model(), self_test=selftest.Expected((1.0, 1.0), (1.0, 1.0)))
+    with pytest.raises(SelfTestError):
+        recalibrate(damaged, frames(9), **OPTIONS)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_model_of_tiles(fixed: bool) -> None:
+    large = [np.tile(frame, (2, 2, 1))[:48, :40] for frame in frames(8)]
+    model = with_self_test(small_model(), cache_dir=False)
+    tiled = fit_tiling(
+        model, calibration=large[:3], normals=large[3:] if fixed else None, false_alarm_rate=0.25, cache_dir=False, threads=1
+    )
+    assert tiled.self_test is not None and (tiled.self_test != model.self_test) == fixed
+    new = recalibrate(tiled, large, false_alarm_rate=0.2, **OPTIONS)
+    detector = Detector(new, **OPTIONS)
+    scores = sorted(detector.inspect(frame, maps=False).score for frame in large)  # type: ignore[type-var]
+    np.testing.assert_array_equal(new.calibration_scores, scores)
+    assert new.tiling == tiled.tiling
+    with pytest.raises(ConfigError, match="mu: expected False"):
+        recalibrate(tiled, large * 3, mu=True, **OPTIONS)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
+import itertools
 import os
 import signal
 import sys
@@ -25,19 +25,7 @@ from advrad_fast.evaluation.datasets import load_dataset
 from advrad_fast.evaluation.evaluate import evaluate
 from advrad_fast.evaluation.robust import evaluate_robust
 from advrad_fast.evaluation.rows import AttackRow
-from advrad_fast.evaluation.spread import RETRIES, map_tasks
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """Two workers on this machine; they import the tests' modules."""
-    ray = pytest.importorskip("ray")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)
-        yield "local"
-        ray.shutdown()
+from advrad_fast.spread import RETRIES, in_order, map_tasks
 
 
 def test_here_in_order_and_one_at_a_time() -> None:
@@ -80,7 +68,7 @@ def test_tasks_are_drawn_as_workers_take_them(cluster: str) -> None:
     results = map_tasks(spread_tasks.square, tasks(), setup=partial(spread_tasks.offset, 0), ray=cluster)
     next(results)
     assert len(drawn) == 4  # two for each worker
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert len(drawn) == 4
 
 
@@ -104,7 +92,7 @@ def test_a_worker_killed_half_way_loses_nothing_and_doubles_nothing(cluster: str
 
 
 def test_a_task_that_kills_every_worker_is_given_up(cluster: str) -> None:
-    with pytest.raises(SpreadError, match=f"its workers died {RETRIES + 1} times"):
+    with pytest.raises(SpreadError, match=f"workers died {RETRIES + 1} times"):
         list(map_tasks(spread_tasks.dies, [1], setup=partial(spread_tasks.offset, 0), ray=cluster))
 
 
@@ -112,6 +100,21 @@ def test_a_task_that_kills_every_worker_is_given_up(cluster: str) -> None:
 def test_errors_are_the_same_here_and_there(cluster: str, ray: str | None) -> None:
     with pytest.raises(DatasetError, match=r"^task 2$"):
         list(map_tasks(spread_tasks.fails, range(5), setup=partial(spread_tasks.offset, 0), ray=ray))
+
+
+def test_short_tasks_travel_in_groups_and_those_before_an_error_count(cluster: str) -> None:
+    """A group holds tasks that follow one another, so its results come in a row."""
+    results: list[int] = []
+    found = map_tasks(spread_tasks.fails, (i if i < 400 else 2 for i in range(3, 1000)), setup=partial(str, 0), ray=cluster)
+    with pytest.raises(DatasetError, match=r"^task 2$"):
+        results.extend(index for index, _ in found)
+    assert 397 not in results and len(set(results)) == len(results) >= 300
+    assert sum(b == a + 1 for a, b in itertools.pairwise(results)) > 0.9 * len(results)
+
+
+def test_in_order() -> None:
+    assert list(in_order(pair for pair in [(2, "c"), (0, "a"), (1, "b"), (3, "d")])) == ["a", "b", "c", "d"]
+    assert list(in_order(pair for pair in ())) == []
 
 
 def test_an_evaluation_has_the_same_numbers(cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,6 @@
 """``advrad-fast bench --gpu``: ``inspect`` on an NVIDIA GPU against PyTorch on the same GPU, and where its time goes.
 
-Nothing is timed before the ``cuda`` backend, each PyTorch baseline and each kernel have been held against the reference.  Not
-yet run on a GPU: the tests check the logic with stand-ins.
+Nothing is timed before the ``cuda`` backend, each PyTorch baseline and each kernel have been held against the reference.
 """
 
 from __future__ import annotations

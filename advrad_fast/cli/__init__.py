@@ -11,6 +11,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from advrad_fast import __version__
 from advrad_fast.cli import (
@@ -22,17 +23,20 @@ from advrad_fast.cli import (
     evaluation,
     inspection,
     recalibration,
+    serving,
     stream,
     train,
     watch,
 )
-from advrad_fast.cli.common import FAILED, FOUND, OK, say
+from advrad_fast.cli.common import FAILED, FOUND, OK, results_alone, say
 from advrad_fast.errors import AdvRADError
 
 __all__ = ["FAILED", "FOUND", "OK", "main"]
 
 #: In the order of ``--help``.
-COMMANDS = (train, inspection, stream, watch, certification, evaluation, recalibration, compilation, bench, backends, demo)
+COMMANDS = (
+    train, inspection, stream, watch, serving, certification, evaluation, recalibration, compilation, bench, backends, demo,
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
-        return run(options)
+        with results_alone() if getattr(options, "ray", None) is not None else nullcontext():
+            return run(options)
     except AdvRADError as error:
         say(f"advrad-fast: {error}")
     except ModuleNotFoundError as error:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from advrad_fast.cli.common import FAILED, FOUND, OK, Adder, load_detector, model_options, output, say
-from advrad_fast.errors import AdvRADError, ConfigError, expected
+from advrad_fast.cli.common import FAILED, FOUND, OK, Adder, detector_maker, model_options, output, ray_option, say, stdout
+from advrad_fast.errors import ConfigError, expected
 
 CERTIFY_KEYS = ("path", "outcome", "radius", "votes", "p_lower", "sigma", "alpha", "threshold")
 
@@ -41,6 +41,7 @@ def add(command: Adder) -> None:
         "--fit", type=Path, metavar="GOOD", help="fit the model to --sigma on the good parts it was trained on (needs PyTorch)"
     )
     parser.add_argument("--out", type=Path, help="with --fit: the model file to write")
+    ray_option(parser)
 
 
 def _certify(options: argparse.Namespace) -> int:
@@ -50,32 +51,37 @@ def _certify(options: argparse.Namespace) -> int:
         raise ConfigError("certify: expected images, or --fit GOOD --sigma SIGMA --out FILE")
     if options.sigma is not None and len(options.sigma) > 1:
         raise ConfigError(expected("--sigma", "one sigma, without --fit", options.sigma))
-    from advrad_fast.images import list_images, load_image
+    from advrad_fast.batch import certify_files
+    from advrad_fast.images import list_images
 
     paths = list_images(options.images)
-    detector = load_detector(options)
+    setup = detector_maker(options)
+    if options.ray is None:
+        detector = setup()  # before any file is written
+
+        def setup() -> Any:
+            return detector
+
     code = OK
+    found = certify_files(
+        setup,
+        paths,
+        options.radius,
+        sigma=None if options.sigma is None else options.sigma[0],
+        alpha=options.alpha,
+        max_votes=options.max_votes,
+        seed=options.seed,
+        threshold=options.threshold,
+        on_votes=_progress(options.max_votes),
+        ray=options.ray,
+    )
     with output(options.json) as as_json:
-        for path in paths:
-            result, outcome = None, "ERROR"
-            try:
-                result = detector.certify(
-                    load_image(path),
-                    options.radius,
-                    sigma=None if options.sigma is None else options.sigma[0],
-                    alpha=options.alpha,
-                    max_votes=options.max_votes,
-                    seed=options.seed,
-                    threshold=options.threshold,
-                    on_votes=_progress(path, options.max_votes),
-                )
-                outcome = result.outcome
-            except ConfigError:  # the same for every image
-                raise
-            except AdvRADError as error:
+        for path, result, error in found:
+            outcome = "ERROR" if result is None else result.outcome
+            if result is None:
                 say(f"{path}: {error}")
                 code = FAILED
-            if outcome in ("DEFECT", "ABSTAIN"):
+            elif outcome != "OK":
                 code = max(code, FOUND)
             row = {"path": str(path), "outcome": outcome, **{key: getattr(result, key, None) for key in CERTIFY_KEYS[2:]}}
             if as_json:
@@ -85,25 +91,25 @@ def _certify(options: argparse.Namespace) -> int:
                 numbers = (
                     "-" if result is None else f"radius {result.radius:.4g}, {result.votes} votes, p >= {result.p_lower:.4f}"
                 )
-                sys.stdout.write(f"{outcome:8s} {numbers:40s}  {path}\n")
-                sys.stdout.flush()
+                stdout().write(f"{outcome:8s} {numbers:40s}  {path}\n")
+                stdout().flush()
     return code
 
 
-def _progress(path: Path, max_votes: int) -> Callable[[int, int], None] | None:
+def _progress(max_votes: int) -> Callable[[Path, int, int], None] | None:
     """A line that is written over, for people."""
     if not sys.stderr.isatty():
         return None
 
-    def show(votes: int, defects: int) -> None:
+    def show(path: Path, votes: int, defects: int) -> None:
         sys.stderr.write(f"\r{votes}/{max_votes} votes, {defects} for DEFECT  {path.name}\033[K\r")
 
     return show
 
 
 def _fit(options: argparse.Namespace) -> int:
-    if options.images or options.out is None or not options.sigma:
-        raise ConfigError("--fit: expected --sigma SIGMA... and --out FILE, and no images")
+    if options.images or options.out is None or not options.sigma or options.ray is not None:
+        raise ConfigError("--fit: expected --sigma SIGMA... and --out FILE, and neither images nor --ray")
     from advrad_fast.evaluation.datasets import load_dataset
     from advrad_fast.model import ModelFile
     from advrad_fast.training.certify import add as add_sigmas
@@ -116,9 +122,8 @@ def _fit(options: argparse.Namespace) -> int:
     split = load_split(load_dataset(options.fit).train, model.config.image, seed)
     if split.data_hash != model.provenance.get("data_sha256"):
         say(f"{options.fit}: other images than the model was trained on; any of those among them make thresholds too low")
-    half = all((array.astype("float16") == array).all() for array in model.weights.values())
     made = add_sigmas(model, split, options.sigma, radius=options.radius, alpha=options.alpha, seed=seed)
-    made.save(options.out, half=half)
+    made.save(options.out, half=made.half)
     for smoothing in made.smoothing:
         rate = smoothing.false_alarm_rate
         text = f"sigma {smoothing.sigma:g}: threshold {smoothing.threshold:.6g} for a false-alarm rate of {rate:.3g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -35,6 +35,19 @@ def model_options(parser: argparse.ArgumentParser, *, seed: int | None = 0, seed
     parser.add_argument("--seed", type=int, default=seed, help=seed_help)
 
 
+def ray_option(parser: argparse.ArgumentParser) -> None:
+    """``--ray``."""
+    text = "spread the work over a Ray cluster: auto, HOST:PORT, or local; --threads, of each worker, is 1 unless given"
+    parser.add_argument("--ray", metavar="ADDRESS", help=text)
+
+
+def engine_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of :func:`model_options` that are the backend's own; over a cluster, where each core has a worker, one thread."""
+    threads = 1 if options.threads is None and getattr(options, "ray", None) is not None else options.threads
+    extra = {"precision": options.precision, "threads": threads, "cache_dir": options.cache}
+    return {key: value for key, value in extra.items() if value is not None}
+
+
 def load_detector(options: argparse.Namespace) -> Any:
     """The detector that :func:`model_options` describe."""
     return detector_maker(options)()
@@ -49,9 +62,8 @@ def detector_maker(options: argparse.Namespace) -> Callable[[], Any]:
     from advrad_fast.detector import Detector
     from advrad_fast.model import ModelFile
 
-    extra = {"precision": options.precision, "threads": options.threads, "cache_dir": options.cache}
-    given = {key: value for key, value in extra.items() if value is not None}
-    return partial(Detector, ModelFile.load(options.model), backend=options.backend, seed=options.seed, **given)
+    model = ModelFile.load(options.model)
+    return partial(Detector, model, backend=options.backend, seed=options.seed, **engine_options(options))
 
 
 def data_options(parser: argparse.ArgumentParser, text: str) -> None:
@@ -73,14 +85,33 @@ def load_data(options: argparse.Namespace) -> Any:
     return load_dataset(options.root or options.data, options.dataset or "auto", options.category)
 
 
+_results: list[TextIO] = []  # standard output, while sys.stdout is standard error
+
+
+@contextmanager
+def results_alone() -> Iterator[None]:
+    """Keep standard output for what is written to :func:`stdout`: Ray's threads print there what befalls its workers."""
+    _results.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results.pop()
+
+
+def stdout() -> TextIO:
+    """Standard output, for results."""
+    return _results[-1] if _results else sys.stdout
+
+
 @contextmanager
 def output(target: str | None) -> Iterator[TextIO | None]:
     """A text file for writing, standard output for ``-``, or None."""
     if target is None:
         yield None
     elif target == "-":
-        yield sys.stdout
-        sys.stdout.flush()
+        yield stdout()
+        stdout().flush()
     else:
         with Path(target).open("w", encoding="utf-8", newline="") as file:
             yield file

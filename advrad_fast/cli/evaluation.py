@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from advrad_fast.cli import robust
-from advrad_fast.cli.common import OK, Adder, Progress, data_options, detector_maker, load_data, model_options, output, say
+from advrad_fast.cli.common import (
+    OK,
+    Adder,
+    Progress,
+    data_options,
+    detector_maker,
+    load_data,
+    model_options,
+    output,
+    ray_option,
+    say,
+    stdout,
+)
 from advrad_fast.errors import ConfigError, expected
 
 
@@ -32,7 +43,7 @@ def add(command: Adder) -> None:
         metavar="FOLDER",
         help="write a page, FOLDER/index.html; other categories evaluated into it are kept",
     )
-    parser.add_argument("--ray", metavar="ADDRESS", help="spread the images over a Ray cluster: auto, HOST:PORT, or local")
+    ray_option(parser)
     robust.options_of(parser)
 
 
@@ -59,7 +70,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             progress.step()
 
         evaluation = evaluate(detector, dataset, seed=options.seed, on_sample=note, ray=options.ray, setup=setup)
-    certified, lines = _certified(options, detector, dataset) if options.certified else ({}, "")
+    certified, lines = _certified(options, detector, setup, dataset) if options.certified else ({}, "")
     evaluation.figures.update(certified)
     figures = {"model": str(options.model), **evaluation.figures}
     if attack is not None:
@@ -68,9 +79,9 @@ def _evaluate(options: argparse.Namespace) -> int:
         if file:
             file.write(json.dumps(figures) + "\n")
     if options.json != "-":
-        sys.stdout.write(table(evaluation) + "\n" + lines)
+        stdout().write(table(evaluation) + "\n" + lines)
         if attack is not None:
-            sys.stdout.write(robust.table(attack) + "\n")
+            stdout().write(robust.table(attack) + "\n")
     if options.report is not None:
         ordered = [results[sample.path] for sample in evaluation.samples]
         say(f"wrote {report.write(options.report, report.collect(evaluation, ordered, detector, options.model, attack=attack))}")
@@ -79,7 +90,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     return OK
 
 
-def _certified(options: argparse.Namespace, detector: Any, dataset: Any) -> tuple[dict[str, Any], str]:
+def _certified(options: argparse.Namespace, detector: Any, setup: Any, dataset: Any) -> tuple[dict[str, Any], str]:
     """The certified figures, and their lines of text."""
     from advrad_fast.evaluation import certified
 
@@ -92,6 +103,8 @@ def _certified(options: argparse.Namespace, detector: Any, dataset: Any) -> tupl
             seed=options.seed,
             file=options.scores,
             on_image=progress.step,
+            ray=options.ray,
+            setup=setup,
         )
     figures = certified.figures(found, options.radii or certified.RADII, options.alpha)
     if options.plot is not None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from advrad_fast.cli.common import FAILED, FOUND, OK, Adder, load_detector, model_options, output, say
-from advrad_fast.errors import AdvRADError, ConfigError
-
-INSPECT_KEYS = ("path", "outcome", "score", "threshold", "p_value", "backend", "ms")
+from advrad_fast.cli.common import FAILED, FOUND, OK, Adder, detector_maker, model_options, output, ray_option, say, stdout
+from advrad_fast.errors import ConfigError
 
 
 def add(command: Adder) -> None:
@@ -26,64 +24,59 @@ def add(command: Adder) -> None:
     parser.add_argument("--overlay", type=Path, metavar="FOLDER", help="write heat maps as PNG, all on one colour scale")
     parser.add_argument("--threshold", type=float, help="instead of the model's")
     parser.add_argument("--false-alarm-rate", type=float, help="set the threshold for this rate")
+    ray_option(parser)
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from advrad_fast.detector import Inspection, Outcome
-    from advrad_fast.images import list_images, load_image
-    from advrad_fast.overlay import overlay
+    from advrad_fast.batch import ROW_KEYS, inspect_files, row
+    from advrad_fast.detector import Outcome
+    from advrad_fast.images import list_images
 
     if options.json == options.csv == "-":
         raise ConfigError("--json and --csv can't both be - : standard output is for one of them")
     paths = list_images(options.images)
-    detector = load_detector(options)
-    if options.threshold is not None:
-        detector.threshold = options.threshold
-    if options.false_alarm_rate is not None:
-        detector.false_alarm_rate = options.false_alarm_rate
+    setup: Callable[[], Any] = partial(_ready, detector_maker(options), options.threshold, options.false_alarm_rate)
+    if options.ray is None:
+        detector = setup()  # before any file is written
+
+        def setup() -> Any:
+            return detector
+
     if options.overlay is not None:
         options.overlay.mkdir(parents=True, exist_ok=True)
     code = OK
     quiet = options.json == "-" or options.csv == "-"
     names = _flat_names(paths)
     with output(options.json) as as_json, output(options.csv) as as_csv:
-        writer = csv.DictWriter(as_csv, INSPECT_KEYS) if as_csv else None
+        writer = csv.DictWriter(as_csv, ROW_KEYS) if as_csv else None
         if writer:
             writer.writeheader()
-        for path in paths:
-            frame, result = None, None
-            try:
-                frame = load_image(path)
-                result = detector.inspect(frame, maps=options.overlay is not None)
-            except AdvRADError as error:
-                say(f"{path}: {error}")
+        for path, result, picture in inspect_files(setup, paths, overlay=options.overlay is not None, ray=options.ray):
+            if result.outcome is Outcome.ERROR:
+                say(f"{path}: {result.error}")
                 code = FAILED
-            outcome = Outcome.ERROR if result is None else result.outcome
-            if outcome in (Outcome.DEFECT, Outcome.ABSTAIN):
+            elif result.outcome is not Outcome.OK:
                 code = max(code, FOUND)
-            row = _row(path, outcome, result, detector)
+            found = row(path, result)
             if as_json:
-                as_json.write(json.dumps(row) + "\n")
+                as_json.write(json.dumps(found) + "\n")
             if writer:
-                writer.writerow(row)
+                writer.writerow(found)
             if not quiet:
-                score = "-" if row["score"] is None else f"{row['score']:.6g}"
-                sys.stdout.write(f"{outcome!s:8s} {score:>12s}  {path}\n")
-            if options.overlay is not None and isinstance(result, Inspection):
-                overlay(frame, result).save(options.overlay / names[path])
+                score = "-" if found["score"] is None else f"{found['score']:.6g}"
+                stdout().write(f"{result.outcome!s:8s} {score:>12s}  {path}\n")
+            if picture is not None:
+                (options.overlay / names[path]).write_bytes(picture)
     return code
 
 
-def _row(path: Path, outcome: object, result: Any, detector: Any) -> dict[str, Any]:
-    return {
-        "path": str(path),
-        "outcome": str(outcome),
-        "score": None if result is None else result.score,
-        "threshold": detector.threshold,
-        "p_value": None if result is None else result.p_value,
-        "backend": detector.backend,
-        "ms": None if result is None else round(result.timings["total"], 3),
-    }
+def _ready(make: Callable[[], Any], threshold: float | None, false_alarm_rate: float | None) -> Any:
+    detector = make()
+    if threshold is not None:
+        detector.threshold = threshold
+    if false_alarm_rate is not None:
+        detector.false_alarm_rate = false_alarm_rate
+    return detector
 
 
 def _flat_names(paths: Sequence[Path]) -> dict[Path, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,37 +36,42 @@ def add(command: Adder) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite it")
 
 
+class _Images(Sequence[object]):
+    """Image files, loaded as they are taken: they need not all be in memory."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        from advrad_fast.images import load_image
+
+        return load_image(self._paths[index])
+
+
 def _recalibrate(options: argparse.Namespace) -> int:
-    from advrad_fast.images import list_images, load_image
+    from advrad_fast.images import list_images
     from advrad_fast.model import ModelFile
-    from advrad_fast.recalibrate import is_half, recalibrate
+    from advrad_fast.recalibrate import recalibrate
 
     _free(options.out, options.force)
     model = ModelFile.load(options.model)
     paths = list_images(options.frames)
     given = {"precision": options.precision, "threads": options.threads, "cache_dir": options.cache}
-    progress: list[Progress] = []
-
-    def on_frame(done: int, total: int) -> None:
-        if not progress:
-            progress.append(Progress(total, "scores").__enter__())
-        progress[0].step()
-
-    try:
+    with Progress(len(paths), "frames") as progress:
         new = recalibrate(
             model,
-            (load_image(path) for path in paths),
+            _Images(paths),
             false_alarm_rate=options.false_alarm_rate,
             mu=options.mu,
             seed=options.seed,
             backend=options.backend,
-            on_frame=on_frame,
+            on_frame=lambda *_: progress.step(),
             **{key: value for key, value in given.items() if value is not None},
         )
-    finally:
-        if progress:
-            progress[0].__exit__()
-    new.save(options.out, half=is_half(new))
+    new.save(options.out, half=new.half)
     say(f"wrote {options.out}: {len(new.calibration_scores)} calibration scores, threshold {new.threshold:.6g}")
     above = int((new.calibration_scores > model.threshold).sum()) if not options.mu else None
     before = f"before: {len(model.calibration_scores)}, {model.threshold:.6g}"
@@ -78,14 +84,16 @@ def _recalibrate(options: argparse.Namespace) -> int:
 
 def _selftest(options: argparse.Namespace) -> int:
     from advrad_fast.model import ModelFile
-    from advrad_fast.recalibrate import is_half, with_self_test
+    from advrad_fast.selftest_record import with_self_test
 
     if options.record != (options.out is not None):
         raise ConfigError("--record: expected it with --out, and --out with it")
     if options.record:
         _free(options.out, options.force)
         new = with_self_test(ModelFile.load(options.model))
-        new.save(options.out, half=is_half(new))
+        if new.self_test is None:
+            raise ConfigError("--record: expected a model whose scores of the frames are above 0, got one without")
+        new.save(options.out, half=new.half)
         say(f"wrote {options.out}")
         return OK
     detector: Any = load_detector(options)

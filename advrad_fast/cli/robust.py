@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from advrad_fast.cli.common import say
+from advrad_fast.cli.common import engine_options, say
 from advrad_fast.errors import ConfigError
 
 
@@ -59,8 +59,6 @@ def run(options: argparse.Namespace, dataset: Any, detector: Any) -> Any:
     )
     folder = options.report or Path()
     results = options.results or folder / f"{options.model.stem}-{dataset.name}.robust.jsonl"
-    extra = {"precision": options.precision, "threads": options.threads, "cache_dir": options.cache}
-    given_extra: dict[str, Any] = {key: value for key, value in extra.items() if value is not None}
     if ("transfer" in settings.attacks) != (options.transfer_model is not None):
         raise ConfigError("--transfer-model: expected a model file exactly where 'transfer' is among --attacks")
     other = None if options.transfer_model is None else ModelFile.load(options.transfer_model)
@@ -70,7 +68,7 @@ def run(options: argparse.Namespace, dataset: Any, detector: Any) -> Any:
         results,
         settings,
         name=options.model.stem,
-        make=partial(Detector, backend=options.backend, **given_extra),
+        make=partial(Detector, backend=options.backend, **engine_options(options)),
         other=other,
         device=options.device,
         keep=options.report is not None,

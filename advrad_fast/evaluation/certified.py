@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from advrad_fast import certify
 from advrad_fast.detector import Detector
 from advrad_fast.errors import ConfigError, InferenceError, PartNotFoundError, expected
-from advrad_fast.evaluation.datasets import Dataset, Sample
-from advrad_fast.evaluation.evaluate import labels_of, sample_name
+from advrad_fast.evaluation.datasets import Dataset
+from advrad_fast.evaluation.evaluate import check_backend, labels_of, sample_name, worker_setup
 from advrad_fast.evaluation.rows import append_line
 from advrad_fast.images import load_image
+from advrad_fast.spread import map_tasks
 
 RADII = (0.05, 0.1, 0.2, 0.5)
 _CURVE = 61  # radii of the curve
@@ -62,6 +63,8 @@ def draw_scores(
     seed: int = 0,
     file: Path | None = None,
     on_image: Callable[[], None] | None = None,
+    ray: str | None = None,
+    setup: Callable[[], Detector] | None = None,
 ) -> CertifiedScores:
     """Draw the scores of every test image, each with a seed of its own that ``seed`` and the image's name give.
 
@@ -69,13 +72,16 @@ def draw_scores(
         draws: of every image.
         sigma: one of the model's; None for the smallest.
         on_image: called after each image.
-        file: JSON lines of what has been drawn, written as it is drawn; what it already holds is not drawn again.
+        file: JSON lines of what has been drawn, written here as it is drawn; what it already holds is not drawn again.
+        ray, setup: as for :func:`advrad_fast.evaluation.evaluate.evaluate`.
 
     Raises:
         DatasetError: the test set has no good or no bad images.
         ConfigError: ``file`` holds draws of another model, sigma, backend, seed or number; or as :meth:`Detector.certify`.
+        SpreadError: the cluster can't be used.
     """
     labels = labels_of(dataset)
+    make = worker_setup(detector, ray, setup)
     model, size = detector.model, detector.model.config.image
     if sigma is None and model.sigmas:
         sigma = model.sigmas[0]
@@ -88,20 +94,25 @@ def draw_scores(
         "backend": detector.backend,
     }
     kept = {} if file is None else _kept(file, header, draws)
+    names = [sample_name(sample.path) for sample in dataset.test]
+    found = {i: kept[name] for i, name in enumerate(names) if name in kept}
+    missing = [i for i in range(len(names)) if i not in found]
+    on_image = on_image or (lambda: None)
+    for _ in found:
+        on_image()
+    tasks = (_Draws(load_image(dataset.test[i].path), draws, sigma, _seed(seed, names[i])) for i in missing)
+    for index, (row, backend) in map_tasks(_draw, tasks, setup=make, ray=ray):
+        check_backend(detector, backend)
+        found[missing[index]] = row
+        if file is not None:
+            scores = None if row is None else [float(score) for score in row]
+            append_line(file, json.dumps({"image": names[missing[index]], "scores": scores}))
+        on_image()
+    limit = np.finfo(np.float32).max
     rows = []
-    for sample in dataset.test:
-        name = sample_name(sample.path)
-        if name in kept:
-            row = kept[name]
-        else:
-            row = _draw(detector, sample, draws, sigma, _seed(seed, name))
-            if file is not None:
-                scores = None if row is None else [float(score) for score in row]
-                append_line(file, json.dumps({"image": name, "scores": scores}))
-        limit = np.finfo(np.float32).max
+    for i, sample in enumerate(dataset.test):
+        row = found[i]
         rows.append(np.full(draws, -limit if sample.label else limit, np.float32) if row is None else row)
-        if on_image is not None:
-            on_image()
     return CertifiedScores(labels, np.stack(rows), float(sigma or 0.0), size.height * size.width * size.channels)
 
 
@@ -116,11 +127,22 @@ def figures(found: CertifiedScores, radii: Sequence[float], alpha: float) -> dic
     }
 
 
-def _draw(detector: Detector, sample: Sample, draws: int, sigma: float | None, seed: int) -> NDArray[np.float32] | None:
+@dataclass(frozen=True)
+class _Draws:
+    """One image to draw scores of."""
+
+    frame: NDArray[np.uint8]
+    draws: int
+    sigma: float | None
+    seed: int
+
+
+def _draw(detector: Detector, task: _Draws) -> tuple[NDArray[np.float32] | None, str]:
+    """The scores, or None where the part was not found; and which backend computed them."""
     try:
-        return detector.smoothed_scores(load_image(sample.path), draws, sigma=sigma, seed=seed)
+        return detector.smoothed_scores(task.frame, task.draws, sigma=task.sigma, seed=task.seed), detector.backend
     except PartNotFoundError:
-        return None
+        return None, detector.backend
 
 
 def _seed(seed: int, name: str) -> int:

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advrad_fast.detector import Detector, Inspection
-from advrad_fast.errors import ConfigError, DatasetError, expected
+from advrad_fast.errors import ConfigError, DatasetError, SpreadError, expected
 from advrad_fast.evaluation import metrics
 from advrad_fast.evaluation.datasets import Dataset, Sample, load_mask
-from advrad_fast.evaluation.spread import map_tasks
 from advrad_fast.images import load_image
+from advrad_fast.spread import map_tasks
 
 #: Maps are pooled to at most this side for the pixel metrics, so that camera-size frames fit in memory.
 _MAX_MAP_SIDE = 512
@@ -64,7 +64,7 @@ def evaluate(
         seed: of the noise.
         pixels: whether to compute the pixel figures.
         on_sample: called after each image, with its inspection but for the maps; in the dataset's order, unless with ``ray``.
-        ray: the address of a Ray cluster to spread the images over (:mod:`advrad_fast.evaluation.spread`).
+        ray: the address of a Ray cluster to spread the images over (:mod:`advrad_fast.spread`).
         setup: makes the same detector in a worker; needed with ``ray``.
 
     Raises:
@@ -72,8 +72,7 @@ def evaluate(
         SpreadError: the cluster can't be used.
     """
     labels = labels_of(dataset)
-    if ray is not None and setup is None:
-        raise ConfigError(expected("setup", "a function that makes the detector in a worker, as ray is given", setup))
+    make = worker_setup(detector, ray, setup)
     masks: list[NDArray[np.bool_] | None] = []
 
     def tasks() -> Iterator[_Task]:
@@ -87,8 +86,8 @@ def evaluate(
             yield _Task(frame, seed, maps=pixels, keep=mask is not None)
 
     found: dict[int, tuple[Inspection, NDArray[np.float32] | None]] = {}
-    make = (lambda: detector) if ray is None or setup is None else setup
     for index, measured in map_tasks(_measure, tasks(), setup=make, ray=ray):
+        check_backend(detector, measured[0].backend)
         found[index] = measured
         if on_sample is not None:
             on_sample(dataset.test[index], measured[0])
@@ -122,6 +121,31 @@ def evaluate(
         "p50_ms": float(np.median(milliseconds)),
     }
     return Evaluation(figures, list(dataset.test), values)
+
+
+def worker_setup(detector: Detector, ray: str | None, setup: Callable[[], Detector] | None) -> Callable[[], Detector]:
+    """What makes the detector where the work is done: here, ``detector`` itself.
+
+    Raises:
+        ConfigError: ``ray`` is given, and no ``setup``.
+    """
+    if ray is None:
+        return lambda: detector
+    if setup is None:
+        raise ConfigError(expected("setup", "a function that makes the detector in a worker, as ray is given", setup))
+    return setup
+
+
+def check_backend(detector: Detector, backend: str) -> None:
+    """Figures are of one backend.
+
+    Raises:
+        SpreadError: a worker's was another.
+    """
+    if backend != detector.backend:
+        raise SpreadError(
+            f"a worker ran {backend}, where {detector.backend} runs here; name the backend and its precision, so that all run one"
+        )
 
 
 @dataclass(frozen=True)

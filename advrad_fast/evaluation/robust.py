@@ -45,8 +45,8 @@ from advrad_fast.evaluation.rows import (
     read_rows,
     robust_figures,
 )
-from advrad_fast.evaluation.spread import map_tasks
 from advrad_fast.model import ModelFile
+from advrad_fast.spread import map_tasks
 
 
 def prepared_model(model: ModelFile) -> ModelFile:
@@ -92,7 +92,7 @@ def evaluate_robust(
         device: PyTorch's, for the attacks.
         keep: also keep attacked images as PNG, in a folder beside ``results``.
         on_step: called with (rows there are, rows there will be).
-        ray: the address of a Ray cluster to spread the attacks over (:mod:`advrad_fast.evaluation.spread`).  Rows are written
+        ray: the address of a Ray cluster to spread the attacks over (:mod:`advrad_fast.spread`).  Rows are written
             here, as they come.  Workers run one thread; the rows are those that one thread computes here.
 
     Returns:

@@ -54,10 +54,14 @@ class Budget:
             ConfigError: the text is not a norm, a space and a number or fraction.
         """
         found = _BUDGET.fullmatch(text.strip()) if isinstance(text, str) else None
-        if found is None or (found[3] is not None and float(found[3]) == 0.0):
+        size = math.inf
+        if found is not None:
+            over = float(found[3] or 1)
+            size = float(found[2]) / over if over else math.inf
+        if found is None or not math.isfinite(size):
             raise ConfigError(expected("budget", "'linf SIZE' or 'l2 SIZE', SIZE a number or fraction in [0, 1] units", text))
         norm: Norm = "linf" if found[1] == "linf" else "l2"
-        return cls(norm, float(found[2]) / float(found[3] or 1), found[0])
+        return cls(norm, size, found[0])
 
 
 @dataclass(frozen=True)

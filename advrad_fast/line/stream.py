@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self
 
+from advrad_fast import checks
 from advrad_fast.detector import Detector, Inspection, Outcome
 from advrad_fast.errors import AdvRADError, ConfigError, InferenceError, SinkError, expected
 from advrad_fast.line.backoff import Backoff
@@ -132,7 +133,7 @@ class InspectionStream:
         self._reader = Reader(self._source, settings)
         self._run = f"{time.time_ns():x}-{secrets.token_hex(4)}"
         self._outcomes: Counter[Outcome] = Counter()
-        self._untested, self._testing = self_test, threading.Lock()
+        self._untested, self._testing = checks.truth("self_test", self_test), threading.Lock()
         self._lock, self._closing = threading.Lock(), threading.Lock()
         self._idle = threading.Condition()
         self._busy: set[int] = set()  # threads in __next__

@@ -19,8 +19,8 @@ from advrad_fast.config import DetectorConfig, DiffusionConfig, ImageConfig, UNe
 from advrad_fast.errors import ConfigError, TrainingError, expected
 from advrad_fast.evaluation.datasets import Dataset, load_dataset
 from advrad_fast.model import ModelFile, Scalar, round_to_half
-from advrad_fast.recalibrate import with_self_test
 from advrad_fast.reference.unet import UNet
+from advrad_fast.selftest_record import with_self_test
 from advrad_fast.training import certify as certification
 from advrad_fast.training import fitting, tiles
 from advrad_fast.training.batchnorm import training_network
