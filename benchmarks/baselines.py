@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--denoise", type=int, default=1, help="denoising steps of the purifier (default 1)")
     parser.add_argument("--attack-steps", type=int, default=40, help="of PGD (default 40)")
     parser.add_argument("--eot", type=int, default=4, help="draws a gradient is averaged over, where there is noise (default 4)")
+    parser.add_argument("--only", default="", metavar="WORD", help="detectors that have this in their name")
     parser.add_argument("--device", default="cpu", help="PyTorch's (default cpu)")
     options = parser.parse_args()
     if options.table:
@@ -159,7 +160,7 @@ def main() -> None:
         data = load_dataset(folder)
         for name, make, model in detectors(folder, options):
             for budget in BUDGETS:
-                if (name, data.name, budget) not in done:
+                if options.only in name and (name, data.name, budget) not in done:
                     row = run(name, make().to(options.device), data, model, budget, options)
                     append_line(options.out, json.dumps(row))
                     sys.stderr.write(f"{row}\n")

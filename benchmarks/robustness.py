@@ -25,7 +25,12 @@ def add(figures: Path) -> None:
     summary = RobustSummary(**json.loads(figures.read_text())["robust"])
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=RESULTS.parent)
     summary = dataclasses.replace(summary, commit=head.stdout.strip())
-    kept = [s for s in read_summaries(RESULTS) if (s.run, s.n_good, s.n_bad) != (summary.run, summary.n_good, summary.n_bad)]
+
+    def key(s: RobustSummary) -> list[object]:
+        """What an earlier run must have in common with this one, to be replaced by it."""
+        return [s.run, s.n_good, s.n_bad, *(list(s.settings.get(name) or ()) for name in ("budgets", "attacks", "surfaces"))]
+
+    kept = [s for s in read_summaries(RESULTS) if key(s) != key(summary)]
     RESULTS.write_text("".join(to_line(s) + "\n" for s in [*kept, summary]))
 
 

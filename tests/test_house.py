@@ -23,7 +23,20 @@ KERNELS = ROOT / "kernels"  # installs as advrad_fast.kernels
 
 # From the ground up: a module imports from its own floor or lower ones.  A package stands for all its modules.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "checks", "config", "schedule", "philox", "lattice", "files", "untrusted", "dlpack", "selftest", "spread"),
+    (
+        "errors",
+        "checks",
+        "config",
+        "schedule",
+        "philox",
+        "lattice",
+        "files",
+        "image_paths",
+        "untrusted",
+        "dlpack",
+        "selftest",
+        "spread",
+    ),
     ("images", "gpu_frames", "pose", "model", "smoothing", "certify", "calibrate", "graph", "graph_precision", "tiles"),
     ("kernels", "_native", "reference"),
     ("backends",),

@@ -23,7 +23,8 @@ from advrad_fast.bench.inspection import Frames, drawn_frames, parity
 from advrad_fast.bench.timing import Timing, alternate, machine, row, torch_compiled
 from advrad_fast.detector import Detector
 from advrad_fast.errors import BackendUnavailableError, InferenceError
-from advrad_fast.images import list_images, load_image, prepare
+from advrad_fast.image_paths import list_images
+from advrad_fast.images import load_image, prepare
 from advrad_fast.model import ModelFile
 from advrad_fast.reference import diffusion, score
 from advrad_fast.reference.unet import UNet

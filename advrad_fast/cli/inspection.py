@@ -30,7 +30,7 @@ def add(command: Adder) -> None:
 def _inspect(options: argparse.Namespace) -> int:
     from advrad_fast.batch import ROW_KEYS, inspect_files, row
     from advrad_fast.detector import Outcome
-    from advrad_fast.images import list_images
+    from advrad_fast.image_paths import list_images
 
     if options.json == options.csv == "-":
         raise ConfigError("--json and --csv can't both be - : standard output is for one of them")

@@ -25,7 +25,7 @@ among the good parts is learnt as good, silently.
 - ``folder``: good parts, for training only: the images directly inside the folder, or inside its subfolder ``good``.
   Subfolders with images beside them make the folder ambiguous, and it is refused.
 
-Images are the files whose suffix is in :data:`advrad_fast.images.IMAGE_SUFFIXES`; names that begin with a dot are skipped.
+Images are the files whose suffix is in :data:`advrad_fast.image_paths.IMAGE_SUFFIXES`; names that begin with a dot are skipped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advrad_fast.errors import DatasetError, expected
-from advrad_fast.images import IMAGE_SUFFIXES
+from advrad_fast.image_paths import IMAGE_SUFFIXES
 
 Layout = Literal["auto", "mvtec", "btad", "visa", "folder"]
 LAYOUTS: tuple[Layout, ...] = ("auto", "mvtec", "btad", "visa", "folder")

@@ -31,6 +31,7 @@ from test_house import MODULES, is_in
 from advrad_fast import Detector, Inspection, ModelFile, config, images
 from advrad_fast.certify import DecisionTest, RadiusSequence, RobustnessTest
 from advrad_fast.errors import AdvRADError
+from advrad_fast.recalibrate import recalibrate
 from advrad_fast.tiling import fit_tiling
 
 #: Modules that are not the torch-free core, or are tested elsewhere.
@@ -38,7 +39,8 @@ OTHERS = {
     ("reference", "training", "evaluation.attacks", "evaluation.attacker", "evaluation.baselines"): "PyTorch's",
     ("backends", "kernels", "bench"): "called with what a Detector, or the command line, has checked",
     ("cli", "demo", "__main__"): "test_fuzz_commands.py",
-    ("evaluation.report", "evaluation.robust", "evaluation.certified_attack", "evaluation.spread"): "the command line's own",
+    ("evaluation.report", "evaluation.robust", "evaluation.certified_attack"): "the command line's own",
+    ("spread", "batch", "serving"): "a cluster's: tests/test_spread*.py",
     ("line",): "a running line's: tests/test_line_*.py, test_drift.py, test_stream.py, test_watch*.py",
 }
 
@@ -91,6 +93,7 @@ SENSE: dict[str, st.SearchStrategy[Any]] = {
     "claims": small,
     "count": st.integers(-3, 300),
     "data": st.binary(max_size=9) | st.sampled_from([b'{"a": [1, 2.5, null]}', b"[" * 60_000, b'{"a": 1e999}', b"9" * 60_000]),
+    "name": texts,
     "defects": small,
     "delta": unit,
     "draw": small,
@@ -197,6 +200,10 @@ def tiled(frames: Any, overlap: Any, false_alarm_rate: Any) -> Any:
     )
 
 
+def recalibrated(frames: Any, false_alarm_rate: Any, aligned: Any, seed: Any) -> Any:
+    recalibrate(PLAIN, frames, false_alarm_rate=false_alarm_rate, mu=aligned, seed=seed, backend="cpu", threads=1)
+
+
 def made(backend: Any, seed: Any, threads: Any, precision: Any) -> Any:
     return Detector(PLAIN, backend=backend, seed=seed, threads=threads, precision=precision)
 
@@ -237,7 +244,8 @@ FUNCTIONS = {
     "certify.scores": ("certified_rank", "certified_scores", "least_ok_threshold", "certified_auroc"),
     "evaluation.datasets": ("load_dataset", "load_mask"),
     "evaluation.metrics": ("auroc", "auroc_interval", "roc_curve", "f1_max", "pixel_auroc", "aupro"),
-    "images": ("check_frame", "load_image", "list_images"),
+    "image_paths": ("list_images",),
+    "images": ("check_frame", "load_image", "decode_image"),
     "lattice": ("thresholds", "integers", "distance"),
     "overlay": ("legend",),
     "philox": ("integers", "normals"),
@@ -255,6 +263,7 @@ CALLED: dict[str, tuple[Callable[..., Any], ...]] = {
     "images.prepare": (prepare,),
     "overlay.overlay": (overlay,),
     "pose.align": (align,),
+    "recalibrate.recalibrate": (recalibrated,),
     "schedule.timestep_for_sigma": (timestep_for_sigma,),
     "tiling.fit_tiling": (tiled,),
     "untrusted.parse": (parse,),
@@ -277,6 +286,7 @@ REASONS: dict[str, dict[str, str]] = {
         "evaluation.rows": "AttackRow RobustSummary",
         "gpu_frames": "GpuFrame Pixels",
         "images": "Prepared",
+        "selftest": "Expected SelfTest",
         "schedule": "Coefficients",
     },
     "test_any_settings, test_settings": {
@@ -291,6 +301,7 @@ REASONS: dict[str, dict[str, str]] = {
         "images": "check_size",
         "lattice": "check_sigma",
         "philox": "check_seed",
+        "recalibrate": "frames_needed",
         "voting": "check_votes",
     },
     "a part of inspecting a frame": {
@@ -299,6 +310,7 @@ REASONS: dict[str, dict[str, str]] = {
         "images": "prepare_whole is_prepared map_to_frame mask_to_frame",
     },
     "takes what was checked before": {
+        "calibrate": "checked_p_value",
         "files": "write_atomically",
         "graph": "expected_tensors check_weights time_embedding GraphBuilder build_graph assemble",
         "graph_precision": "build_typed_graph quantised_tensors ranges_digest bfloat16_bits e4m3_codes",
@@ -306,6 +318,8 @@ REASONS: dict[str, dict[str, str]] = {
         "overlay": "colours",
         "philox": "philox4x32",
         "pose": "warp_back",
+        "selftest": "frames compare parse",
+        "selftest_record": "with_self_test",
         "schedule": "betas alpha_bar sigma coefficients error_coefficients",
         "smoothing": "folded Outline outline",
         "tiles": "default_overlap starts weights blend cut tile_seed",
@@ -314,7 +328,7 @@ REASONS: dict[str, dict[str, str]] = {
     },
     "the command line's own": {
         "evaluation.certified": "draw_scores figures curve_svg",
-        "evaluation.evaluate": "evaluate table labels_of sample_name",
+        "evaluation.evaluate": "evaluate table labels_of sample_name check_backend worker_setup",
         "evaluation.rows": "to_line read_rows read_summaries append_row append_line worst auroc_of robust_figures",
     },
 }
