@@ -52,7 +52,7 @@ class _Images(Sequence[object]):
 
 
 def _recalibrate(options: argparse.Namespace) -> int:
-    from advrad_fast.images import list_images
+    from advrad_fast.image_paths import list_images
     from advrad_fast.model import ModelFile
     from advrad_fast.recalibrate import recalibrate
 
