@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advrad_fast import backends, calibrate, gpu_frames, images, philox, tiles, voting
+from advrad_fast import backends, calibrate, gpu_frames, images, philox, selftest, tiles, voting
 from advrad_fast.backends import Votes
 from advrad_fast.backends.checked import checked_score, float32_below
 from advrad_fast.certify import Certificate, DecisionTest
@@ -92,11 +92,13 @@ class Detector:
             nobody can prepare a part or an image for the noise to come.
         roi: where frames are looked at: a :class:`advrad_fast.roi.Roi`, or a bool array (H, W) of their size; None for
             everywhere.  Outside, nothing counts in the score and the map is 0: scores can only be lower, so the rate holds.
+        self_test: run :meth:`self_test` now.
         options: the backend's own (:func:`advrad_fast.backends.create`).
 
     Raises:
         BackendUnavailableError: the backend can't be had here; the message has each one's reason.
         ConfigError: ``seed`` or ``roi`` is out of range, or the region is empty or does not fit the model.
+        SelfTestError, InferenceError: the self-test failed.
     """
 
     def __init__(
@@ -106,19 +108,19 @@ class Detector:
         backend: str = "auto",
         seed: int | None = 0,
         roi: Roi | NDArray[np.bool_] | None = None,
+        self_test: bool = True,
         **options: Any,
     ) -> None:
         self._model, self._roi = model, fitting(roi, model)
         self._seed = None if seed is None else philox.check_seed(seed)
-        mu, inverse_spread = model.mu, model.inverse_spread
         self._by_position = model.tiling is not None and model.tiling.frame is not None
-        if self._by_position:  # a tile's map is the error itself; the normal map is the frame's
-            size = (model.config.image.height, model.config.image.width)
-            mu, inverse_spread = np.zeros(size, dtype=np.float32), np.ones(size, dtype=np.float32)
+        mu, inverse_spread = model.network_maps
         self._backend = backends.create(backend, model.config, model.weights, mu, inverse_spread, **options)
         self._threshold = model.threshold
         self._smoothed: dict[float, Votes] = {}
         self._building = threading.Lock()
+        if self_test:
+            self.self_test()
 
     @classmethod
     def load(cls, path: str | PathLike[str], *, backend: str = "auto", seed: int | None = 0, **options: Any) -> Detector:
@@ -126,7 +128,7 @@ class Detector:
 
         Raises:
             ModelFileError: the file is damaged, foreign or inconsistent.
-            BackendUnavailableError: as for the constructor.
+            BackendUnavailableError, InferenceError: as for the constructor.
         """
         return cls(ModelFile.load(path), backend=backend, seed=seed, **options)
 
@@ -306,6 +308,35 @@ class Detector:
                 _log.warning("frame %d: %s", len(results), error)
                 results.append(self._failed(Outcome.ERROR, error, start))
         return results
+
+    def self_test(self) -> selftest.SelfTest | None:
+        """Look at the frames whose results the model knows (:mod:`advrad_fast.selftest`); this also warms everything up.
+
+        It sees a model, an engine or a machine that is damaged, as far as that changes results by more than the precision does.
+        It does not see the networks that :meth:`certify` builds, nor normal maps by position.
+
+        Returns:
+            by how much the results were off; None where the model knows none (schemas 1 to 3): nothing was tested.
+
+        Raises:
+            SelfTestError: a result is off by more than the bound of the precision.
+            InferenceError: the engine failed, or what came back is no result.
+        """
+        known = self._model.self_test
+        if known is None:
+            _log.info("no self-test: the model has no frames with known results")
+            return None
+        frames = selftest.frames(self._model.config.image)
+        scores, maps = np.empty(len(frames), dtype=np.float32), np.empty(frames.shape[:3], dtype=np.float32)
+        for i, frame in enumerate(frames):
+            for want_maps in (False, True):  # both ways that a frame can go
+                result = self._backend.score(frame[None], seed=selftest.SEED, want_maps=want_maps)
+                score = checked_score(result, frame.shape[:2], want_maps)
+                if not want_maps:
+                    scores[i] = score
+                elif result.maps is not None:
+                    maps[i] = result.maps[0]
+        return selftest.compare(known, scores, maps, self._backend.precision)
 
     def certify(
         self,

@@ -11,7 +11,8 @@
     ├── ModelFileError          (ValueError)    a model file is damaged, foreign or inconsistent
     ├── KernelFileError         (ValueError)    a folder of compiled kernels is damaged, foreign or inconsistent
     ├── CalibrationError        (ValueError)    too few normal scores for the promise asked for
-    ├── DriftStateError         (ValueError)    a saved drift state is damaged, or of another test
+    ├── DriftStateError         (ValueError)    a saved drift state is missing or damaged
+    │   └── OtherDriftStateError                it is of another calibration or other settings
     ├── DatasetError            (ValueError)    a folder does not hold what its layout needs
     ├── ReportError             (ValueError)    a report's folder holds a file that is not a report's data
     ├── AttackError             (RuntimeError)  an attack broke a sanity rule: its figures mean nothing
@@ -19,6 +20,7 @@
     ├── SpreadError             (RuntimeError)  a cluster can't be used, or its workers died
     ├── BackendUnavailableError (RuntimeError)  no usable backend; the message has each one's reason
     ├── InferenceError          (RuntimeError)  the engine failed, or returned something not finite
+    │   └── SelfTestError                       frames with known results came out otherwise
     ├── SourceError             (RuntimeError)  a source of frames cannot be opened or read
     │   └── SourceStalledError                  it did not answer within the deadline
     └── SinkError               (RuntimeError)  a result could not be stored
@@ -71,7 +73,11 @@ class CalibrationError(AdvRADError, ValueError):
 
 
 class DriftStateError(AdvRADError, ValueError):
-    """A saved state of the drift test is missing, damaged, or of another calibration or other settings."""
+    """A saved state of the drift test is missing, damaged, or cannot be written."""
+
+
+class OtherDriftStateError(DriftStateError):
+    """A saved state is of a drift test with another calibration or other settings."""
 
 
 class DatasetError(AdvRADError, ValueError):
@@ -100,6 +106,10 @@ class BackendUnavailableError(AdvRADError, RuntimeError):
 
 class InferenceError(AdvRADError, RuntimeError):
     """The engine failed or returned values that are not finite: the frame has no score."""
+
+
+class SelfTestError(InferenceError):
+    """The detector does not say what it must of frames with known results."""
 
 
 class SourceError(AdvRADError, RuntimeError):

@@ -7,7 +7,8 @@ It holds numbers, never a graph and never code.  Layout (https://github.com/hugg
 - ``calibration_scores``: float64 or float32 (n,), sorted;
 - for each sigma that the model can certify at, the tensors ``smoothing.<i>...`` (:mod:`advrad_fast.smoothing`);
 - metadata ``advrad_fast``: one JSON document ``{"schema", "config", "false_alarm_rate", "threshold", "provenance",
-  "smoothing", "tiling"}``.  Schemas 1 and 2 are still read: they have no ``tiling``, and 1 no ``smoothing``.
+  "smoothing", "tiling", "self_test"}``.  Schemas 1 to 3 are still read: 3 has no ``self_test``, 2 no ``tiling`` either, and 1 no
+  ``smoothing``.
 
 A file is untrusted until it has passed every check here.  The header is parsed under caps, and all names, types, shapes and
 offsets are compared with what the configuration calls for, before the first tensor is allocated.
@@ -29,6 +30,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from advrad_fast import selftest
 from advrad_fast.calibrate import conformal_threshold
 from advrad_fast.config import DetectorConfig, TilingConfig
 from advrad_fast.errors import ConfigError, ModelFileError
@@ -50,7 +52,7 @@ from advrad_fast.untrusted import (
     spread_map,
 )
 
-SCHEMA = 3  #: version of the JSON document
+SCHEMA = 4  #: version of the JSON document
 MAX_FILE_BYTES = 4 << 30  #: largest file that is opened
 MAX_HEADER_BYTES = 1 << 20  #: largest safetensors header; the largest UNet that UNetConfig allows takes a third of it
 MAX_PARAMETERS = 1 << 29  #: most weights of a network
@@ -61,7 +63,7 @@ _KEY = "advrad_fast"
 _PREFIX = "unet."
 _DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 _FIELDS = ("schema", "config", "false_alarm_rate", "threshold", "provenance")  # of schema 1
-_ADDED = ("smoothing", "tiling")  # by schemas 2 and 3
+_ADDED = ("smoothing", "tiling", "self_test")  # by schemas 2 to 4
 
 Scalar = str | int | float | bool | None
 
@@ -81,6 +83,8 @@ class ModelFile:
         provenance: where the model comes from: data hash, training settings, versions, licence note; JSON scalars.
         smoothing: what it certifies with, one for each sigma, in rising order; may be empty.
         tiling: if frames are inspected in tiles, how; the calibration scores and the threshold are of whole frames, then.
+        self_test: what its network must say of frames made for the purpose (:mod:`advrad_fast.selftest`); None where that is not
+            known.  A copy with other weights, maps or settings takes None, or :func:`advrad_fast.selftest_record.with_self_test`.
 
     Raises:
         ModelFileError: a field is inconsistent; the message names it, what was expected and what came.
@@ -96,6 +100,7 @@ class ModelFile:
     provenance: dict[str, Scalar] = field(default_factory=dict)
     smoothing: tuple[Smoothing, ...] = ()
     tiling: TilingConfig | None = None
+    self_test: selftest.Expected | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, DetectorConfig):
@@ -124,6 +129,7 @@ class ModelFile:
         if tiling is not None and self.smoothing:
             refuse("smoothing", "none, as frames are inspected in tiles", f"{len(self.smoothing)} sigmas")
         checked["tiling"] = tiling
+        checked["self_test"] = _checked_self_test(self.self_test)
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
@@ -131,6 +137,23 @@ class ModelFile:
     def inverse_spread(self) -> NDArray[np.float32]:
         """float32 (H, W): 1 / spread, or ones."""
         return inverse(self.mu, self.spread)
+
+    @property
+    def network_maps(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """mu and 1 / spread as a backend gets them: float32 (H, W) each, of the network's input.
+
+        With normal maps by position the backend returns a tile's error itself: they are 0 and 1.
+        """
+        if self.tiling is None or self.tiling.frame is None:
+            return self.mu, self.inverse_spread
+        size = (self.config.image.height, self.config.image.width)
+        return np.zeros(size, dtype=np.float32), np.ones(size, dtype=np.float32)
+
+    @property
+    def half(self) -> bool:
+        """Whether all weights are float16 numbers, so that ``save(half=True)`` changes none."""
+        with np.errstate(over="ignore"):
+            return all(np.array_equal(array.astype(np.float16), array) for array in self.weights.values())
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -200,6 +223,7 @@ class ModelFile:
             "provenance": self.provenance,
             "smoothing": [smoothing.document() for smoothing in self.smoothing],
             "tiling": None if self.tiling is None else self.tiling.to_json(),
+            "self_test": None if self.self_test is None else self.self_test.document(),
         }
         file = _path(path)
         try:
@@ -272,6 +296,7 @@ class ModelFile:
             provenance=document["provenance"],
             smoothing=tuple(part.build(tensors) for part in outlines),
             tiling=tiling,
+            self_test=selftest.parse("self_test", document.get("self_test")),
         )
 
     def _tensors(self) -> dict[str, NDArray[Any]]:
@@ -360,6 +385,12 @@ def _checked_smoothing(value: object, config: DetectorConfig) -> tuple[Smoothing
     if sigmas != sorted(set(sigmas)):
         refuse("smoothing", "sigmas in rising order", sigmas)
     return checked
+
+
+def _checked_self_test(value: object) -> selftest.Expected | None:
+    if value is not None and not isinstance(value, selftest.Expected):
+        refuse("self_test", "an Expected or None", value)
+    return None if value is None else value.checked("self_test")
 
 
 def _path(value: object) -> Path:

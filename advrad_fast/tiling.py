@@ -24,6 +24,7 @@ from advrad_fast.config import SPREAD_FLOOR, TilingConfig
 from advrad_fast.detector import Detector
 from advrad_fast.errors import CalibrationError, ConfigError, ImageError, PartNotFoundError, expected
 from advrad_fast.model import ModelFile
+from advrad_fast.selftest_record import with_self_test
 from advrad_fast.tiles import default_overlap, tile_seed
 
 _log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def fit_tiling(
     tiled = dataclasses.replace(model, smoothing=(), tiling=tiling)
     if normals is not None:
         tiled = _by_position(tiled, normals, backend, options)
+        tiled = with_self_test(tiled, **{key: value for key, value in options.items() if key in ("cache_dir", "threads")})
     scores = np.sort([_score(d, f, i) for d in (Detector(tiled, backend=backend, **options),) for i, f in enumerate(calibration)])
     if not len(scores):
         raise CalibrationError(expected("calibration", "at least one good frame", 0))
@@ -130,4 +132,4 @@ def _blank(model: ModelFile, frame: object) -> ModelFile:
     zeros: NDArray[np.float32] = np.zeros((height, width), dtype=np.float32)
     spread = np.ones_like(zeros) if model.config.score.spread else None
     tiling = TilingConfig(TilingConfig().overlap if model.tiling is None else model.tiling.overlap, (height, width))
-    return dataclasses.replace(model, mu=zeros, spread=spread, tiling=tiling)
+    return dataclasses.replace(model, mu=zeros, spread=spread, tiling=tiling, self_test=None)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from advrad_fast.errors import CalibrationError, ConfigError, DriftStateError
+from advrad_fast.errors import CalibrationError, ConfigError, DriftStateError, OtherDriftStateError
 from advrad_fast.line import Direction, Drift, DriftState
 from advrad_fast.line.bets import Bets
 
@@ -190,9 +190,9 @@ def test_a_restored_test_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> Non
 def test_a_state_of_another_test_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "drift.json"
     Drift(np.arange(9.0)).save(path)
-    with pytest.raises(DriftStateError, match="calibration: expected that of this test"):
+    with pytest.raises(OtherDriftStateError, match="calibration: expected that of this test"):
         Drift.restore(path, np.arange(10.0))
-    with pytest.raises(DriftStateError, match="contamination: expected that of this test"):
+    with pytest.raises(OtherDriftStateError, match="contamination: expected that of this test"):
         Drift.restore(path, np.arange(9.0), contamination=0.1)
     with pytest.raises(DriftStateError, match=r"none\.json"):
         Drift.restore(tmp_path / "none.json", np.arange(9.0))

@@ -23,12 +23,25 @@ KERNELS = ROOT / "kernels"  # installs as advrad_fast.kernels
 
 # From the ground up: a module imports from its own floor or lower ones.  A package stands for all its modules.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "checks", "config", "schedule", "philox", "lattice", "files", "image_paths", "untrusted", "dlpack", "spread"),
+    (
+        "errors",
+        "checks",
+        "config",
+        "schedule",
+        "philox",
+        "lattice",
+        "files",
+        "image_paths",
+        "untrusted",
+        "dlpack",
+        "selftest",
+        "spread",
+    ),
     ("template",),
     ("images", "gpu_frames", "pose", "model", "smoothing", "certify", "calibrate", "graph", "graph_precision", "tiles", "roi"),
     ("kernels", "_native", "reference"),
     ("backends",),
-    ("detector", "voting", "tiling"),
+    ("detector", "voting", "tiling", "recalibrate", "selftest_record"),
     ("",),  # the package's public face
     ("training", "evaluation", "overlay", "line", "batch", "serving"),
     ("bench",),

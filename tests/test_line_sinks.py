@@ -95,7 +95,7 @@ def test_sqlite_refuses_what_is_not_its_own(tmp_path: Path) -> None:
         database.execute("CREATE TABLE parts (a)")
     with sqlite3.connect(tmp_path / "newer.db") as database:
         database.execute("CREATE TABLE inspections (a)")
-        database.execute("PRAGMA user_version=2")
+        database.execute("PRAGMA user_version=3")
     for name in ("text", "other.db", "newer.db", "none/a.db"):
         with pytest.raises(SinkError, match=name):
             Sqlite(tmp_path / name)

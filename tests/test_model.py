@@ -72,16 +72,16 @@ def test_weights_at_a_sigma_differ_by_a_factor_and_a_bias_a_channel() -> None:
     assert all(weights[name] is array for name, array in same.weights.items())
 
 
-def test_schemas_1_and_2_are_still_read(tmp_path: Path) -> None:
+def test_older_schemas_are_still_read(tmp_path: Path) -> None:
     model, path = tiny_model(), tmp_path / "a"
     model.save(path)
     data = path.read_bytes()
     text = data[8 : 8 + int.from_bytes(data[:8], "little")]
-    without = text.replace(rb", \"tiling\": null", b"")
-    second = without.replace(rb"\"schema\": 3", rb"\"schema\": 2")
-    first = without.replace(rb"\"schema\": 3", rb"\"schema\": 1").replace(rb", \"smoothing\": []", b"")
-    assert len(first) < len(second) < len(text)
-    for old in (first, second):
+    third = text.replace(rb", \"self_test\": null", b"").replace(rb"\"schema\": 4", rb"\"schema\": 3")
+    second = third.replace(rb", \"tiling\": null", b"").replace(rb"\"schema\": 3", rb"\"schema\": 2")
+    first = second.replace(rb", \"smoothing\": []", b"").replace(rb"\"schema\": 2", rb"\"schema\": 1")
+    assert len(first) < len(second) < len(third) < len(text)
+    for old in (first, second, third):
         path.write_bytes(len(old).to_bytes(8, "little") + old + data[8 + len(text) :])
         assert_equal(ModelFile.load(path), model)
 

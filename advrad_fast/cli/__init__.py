@@ -23,6 +23,7 @@ from advrad_fast.cli import (
     demo,
     evaluation,
     inspection,
+    recalibration,
     serving,
     stream,
     train,
@@ -34,7 +35,9 @@ from advrad_fast.errors import AdvRADError
 __all__ = ["FAILED", "FOUND", "OK", "main"]
 
 #: In the order of ``--help``.
-COMMANDS = (train, inspection, stream, watch, serving, certification, evaluation, compilation, bench, backends, demo)
+COMMANDS = (
+    train, inspection, stream, watch, serving, certification, evaluation, recalibration, compilation, bench, backends, demo,
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

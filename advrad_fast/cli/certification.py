@@ -122,9 +122,8 @@ def _fit(options: argparse.Namespace) -> int:
     split = load_split(load_dataset(options.fit).train, model.config.image, seed)
     if split.data_hash != model.provenance.get("data_sha256"):
         say(f"{options.fit}: other images than the model was trained on; any of those among them make thresholds too low")
-    half = all((array.astype("float16") == array).all() for array in model.weights.values())
     made = add_sigmas(model, split, options.sigma, radius=options.radius, alpha=options.alpha, seed=seed)
-    made.save(options.out, half=half)
+    made.save(options.out, half=made.half)
     for smoothing in made.smoothing:
         rate = smoothing.false_alarm_rate
         text = f"sigma {smoothing.sigma:g}: threshold {smoothing.threshold:.6g} for a false-alarm rate of {rate:.3g}"

@@ -70,7 +70,7 @@ def detector_maker(options: argparse.Namespace) -> Callable[[], Any]:
     from advrad_fast.detector import Detector
     from advrad_fast.model import ModelFile
 
-    model, region = ModelFile.load(options.model), {}
+    model, region = ModelFile.load(options.model), dict[str, Any]()
     for name, on in (("roi", "frame"), ("roi_on_part", "part")):
         if getattr(options, name, None) is not None:
             from advrad_fast.roi import Roi

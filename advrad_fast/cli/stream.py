@@ -36,8 +36,55 @@ def stream_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sqlite", type=Path, metavar="FILE", help="store results in an SQLite database")
     parser.add_argument("--mqtt", metavar="URL", help="publish results: mqtt://HOST[:PORT][/TOPIC], mqtts:// for TLS")
     parser.add_argument("--prometheus", type=int, metavar="PORT", help="serve metrics at http://127.0.0.1:PORT/metrics")
+    drift_options(parser)
     parser.add_argument("--threshold", type=float, help="instead of the model's")
     parser.add_argument("--limit", type=int, help="stop after this many results")
+
+
+def drift_options(parser: argparse.ArgumentParser) -> None:
+    """The drift test."""
+    parser.add_argument("--no-drift", action="store_true", help="do not test whether scores drift away from the calibration's")
+    parser.add_argument("--drift-state", type=Path, metavar="FILE", help="where the test goes on after a restart")
+    parser.add_argument(
+        "--drift-rate", type=float, default=0.01, help="probability of an alarm, ever, without a drift (default 0.01)"
+    )
+    parser.add_argument(
+        "--drift-contamination", type=float, default=0.02, help="share of frames that may be defects (default 0.02)"
+    )
+
+
+def make_drift(options: argparse.Namespace, detector: Any) -> Any:
+    """The test that :func:`drift_options` describe, or None; it goes on where its file says, if that is of the same test.
+
+    Raises:
+        DriftStateError: the file is damaged.
+        ConfigError: a number is out of range, or a file is named for no test.
+    """
+    from advrad_fast.errors import OtherDriftStateError
+    from advrad_fast.line import Drift
+
+    if options.no_drift:
+        if options.drift_state is not None:
+            raise ConfigError("--drift-state: expected no --no-drift")
+        return None
+    scores = detector.model.calibration_scores
+    settings = {"false_alarm_rate": options.drift_rate, "contamination": options.drift_contamination}
+    if options.drift_state is not None and options.drift_state.exists():
+        try:
+            return Drift.restore(options.drift_state, scores, **settings)
+        except OtherDriftStateError as error:
+            say(f"advrad-fast: {error}; the drift test begins anew")
+    return Drift(scores, **settings)
+
+
+def say_drift(state: Any) -> None:
+    """The alarm, in words."""
+    if state.alarm:
+        when = "" if state.alarm_at is None else f", found at {state.alarm_at.isoformat(timespec='seconds')}"
+        say(
+            f"drift: scores have gone {state.direction} after about {state.onset_frame} frames{when}; find the cause, or"
+            " `advrad-fast recalibrate`, and delete the file of --drift-state to begin anew"
+        )
 
 
 def source_options(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +130,7 @@ def make_source(options: argparse.Namespace) -> Any:
     raise ConfigError(expected("source", "a folder, a video file, a camera's number or its address", text))
 
 
-def _sinks(options: argparse.Namespace) -> Iterator[Any]:
+def _sinks(options: argparse.Namespace, drift: Any) -> Iterator[Any]:
     from advrad_fast.line import sinks
 
     if options.jsonl is not None and str(options.jsonl) != "-":
@@ -98,6 +145,8 @@ def _sinks(options: argparse.Namespace) -> Iterator[Any]:
         port = url.port or (8883 if tls else 1883)
         topic = url.path.strip("/") or "advrad/inspections"
         yield sinks.Mqtt(url.hostname, port, topic=topic, username=url.username, password=url.password, tls=tls)
+    if options.drift_state is not None:
+        yield sinks.Background(sinks.DriftFile(drift, options.drift_state))
     if options.prometheus is not None:
         yield sinks.Prometheus(options.prometheus)
 
@@ -119,8 +168,10 @@ def run(options: argparse.Namespace, make_page: Callable[[], Any] | None = None)
     detector = load_detector(options)
     if options.threshold is not None:
         detector.threshold = options.threshold
+    drift = make_drift(options, detector)
+    told = False
     with ExitStack() as stack:
-        sinks = list(_sinks(options))
+        sinks = list(_sinks(options, drift))
         page = None if make_page is None else stack.enter_context(make_page())
         stream = InspectionStream(
             detector,
@@ -128,6 +179,7 @@ def run(options: argparse.Namespace, make_page: Callable[[], Any] | None = None)
             deadline_ms=options.deadline_ms or None,
             policy=options.policy,
             sinks=sinks if page is None else [*sinks, page],  # last: it shows what the others refused
+            drift=drift,
             maps=page is not None,
         )
         if page is not None:
@@ -144,6 +196,9 @@ def run(options: argparse.Namespace, make_page: Callable[[], Any] | None = None)
                 item = result.item or result.sequence
                 sys.stdout.write(f"{result.outcome!s:8s} {score:>12s} {result.latency_ms:8.1f} ms  {item}\n")
             sys.stdout.flush()
+            if result.drift is not None and result.drift.alarm and not told:
+                told = True
+                say_drift(result.drift)
             if count == options.limit:
                 break
     for problem in stream.close():

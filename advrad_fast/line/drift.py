@@ -25,7 +25,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from advrad_fast.errors import AdvRADError, CalibrationError, ConfigError, DriftStateError, expected
+from advrad_fast.errors import AdvRADError, CalibrationError, ConfigError, DriftStateError, OtherDriftStateError, expected
 from advrad_fast.files import write_atomically
 from advrad_fast.line.bets import Bets
 from advrad_fast.untrusted import parse
@@ -203,7 +203,8 @@ class Drift:
             calibration_scores, settings: those of the test that was saved.
 
         Raises:
-            DriftStateError: the file is missing, damaged, or of a test with another calibration or other settings.
+            OtherDriftStateError: the file is of a test with another calibration or other settings.
+            DriftStateError: it is missing or damaged.
         """
         drift = cls(calibration_scores, **settings)
         name = os.fspath(path)
@@ -213,6 +214,8 @@ class Drift:
             if len(data) > MAX_STATE_BYTES:
                 raise DriftStateError(expected("size", f"at most {MAX_STATE_BYTES} bytes", "more"))
             drift._take(parse("drift state", data))
+        except OtherDriftStateError as error:
+            raise OtherDriftStateError(f"{name}: {error}") from None
         except (OSError, ValueError, AdvRADError) as error:
             raise DriftStateError(f"{name}: {error}") from error
         return drift
@@ -226,7 +229,7 @@ class Drift:
         settings = {"false_alarm_rate": self.false_alarm_rate, "contamination": self.contamination}
         for key, wanted in {"calibration": self._fingerprint(), **settings}.items():
             if document[key] != wanted:
-                raise DriftStateError(expected(key, f"that of this test, {wanted}", document[key]))
+                raise OtherDriftStateError(expected(key, f"that of this test, {wanted}", document[key]))
         bets = self._bets
         frames = _count("frames", state["frames"], 2**53)
         for key, array in (("stakes", bets.stakes), ("evidence", bets.evidence), ("since", bets.since)):

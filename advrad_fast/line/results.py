@@ -8,6 +8,7 @@ from datetime import datetime
 
 from advrad_fast.detector import Inspection, Outcome
 from advrad_fast.errors import AdvRADError, SinkError
+from advrad_fast.line.drift import DriftState
 
 Value = str | int | float | None
 
@@ -27,6 +28,10 @@ ROW_KEYS = (
     "dropped",
     "error",
     "message",
+    "drift_e_value",
+    "drift_alarm",
+    "drift_direction",
+    "drift_since",
 )
 
 
@@ -44,6 +49,7 @@ class StreamInspection:
         captured_at: the wall clock, UTC, when the frame was read or the fault seen.  Durations and order do not come from it.
         latency_ms: from then to the result, by the monotonic clock.
         dropped: how many frames (and old faults) were not inspected since the result before this one.
+        drift: what the stream's drift test says after this frame; None without one.
         unstored: why sinks did not take this result, or one before it; empty where all is well.
     """
 
@@ -56,6 +62,7 @@ class StreamInspection:
     captured_at: datetime
     latency_ms: float
     dropped: int
+    drift: DriftState | None = None
     unstored: tuple[SinkError, ...] = ()
 
     @property
@@ -75,7 +82,7 @@ class StreamInspection:
 
     def row(self) -> Mapping[str, Value]:
         """What is kept, with the keys ``ROW_KEYS``; JSON can hold all of it."""
-        i = self.inspection
+        i, drift = self.inspection, self.drift
         values: tuple[Value, ...] = (
             self.run,
             self.sequence,
@@ -91,6 +98,10 @@ class StreamInspection:
             self.dropped,
             None if i.error is None else type(i.error).__name__,
             None if i.error is None else str(i.error),
+            None if drift is None else drift.e_value,
+            None if drift is None else drift.alarm,
+            None if drift is None or drift.direction is None else str(drift.direction),
+            None if drift is None or drift.alarm_at is None else drift.alarm_at.isoformat(timespec="microseconds"),
         )
         return dict(zip(ROW_KEYS, values, strict=True))
 

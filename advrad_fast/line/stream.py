@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self
 
+from advrad_fast import checks
 from advrad_fast.detector import Detector, Inspection, Outcome
 from advrad_fast.errors import AdvRADError, ConfigError, InferenceError, SinkError, expected
 from advrad_fast.line.backoff import Backoff
+from advrad_fast.line.drift import Drift, DriftState
 from advrad_fast.line.frames import as_source
 from advrad_fast.line.reader import STOPPING, Event, Reader, ReaderSettings
 from advrad_fast.line.results import StreamInspection
@@ -79,6 +81,10 @@ class InspectionStream:
         sinks: where results go, in this order; closed with the stream.  One that fails does not stop the inspection: see
             ``StreamInspection.unstored`` and :attr:`status`.  One that may be slow or hang belongs into a ``Background``.
         maps: also compute anomaly maps and masks.
+        drift: gets every score, in the order of the results; what it says is in ``StreamInspection.drift``.  It changes no
+            outcome, and an error in it stops nothing.  ``sinks.DriftFile`` keeps its state.
+        self_test: run ``Detector.self_test`` before the first frame; while it fails, every frame is an ERROR, and it is run again
+            before the next one.
         capacity: frames that may wait with the policy ``queue``.
         open_timeout_ms: how long opening the source may take.
         backoff: pauses before a source that failed is opened again.
@@ -98,6 +104,8 @@ class InspectionStream:
         policy: Policy = "auto",
         sinks: Sequence[Sink | Background] = (),
         maps: bool = True,
+        drift: Drift | None = None,
+        self_test: bool = True,
         capacity: int = 8,
         open_timeout_ms: float = 10_000.0,
         backoff: Backoff | None = None,
@@ -107,7 +115,9 @@ class InspectionStream:
             raise ConfigError(expected("detector", "a Detector", type(detector)))
         if policy not in POLICIES:
             raise ConfigError(expected("policy", f"one of {list(POLICIES)}", policy))
-        self._detector, self._source, self._maps = detector, as_source(source), maps
+        if drift is not None and not isinstance(drift, Drift):
+            raise ConfigError(expected("drift", "a Drift", type(drift)))
+        self._detector, self._source, self._maps, self._drift = detector, as_source(source), maps, drift
         settings = ReaderSettings(
             deadline=None if deadline_ms is None else _seconds("deadline_ms", deadline_ms),
             open_timeout=_seconds("open_timeout_ms", open_timeout_ms),
@@ -123,6 +133,7 @@ class InspectionStream:
         self._reader = Reader(self._source, settings)
         self._run = f"{time.time_ns():x}-{secrets.token_hex(4)}"
         self._outcomes: Counter[Outcome] = Counter()
+        self._untested, self._testing = checks.truth("self_test", self_test), threading.Lock()
         self._lock, self._closing = threading.Lock(), threading.Lock()
         self._idle = threading.Condition()
         self._busy: set[int] = set()  # threads in __next__
@@ -187,6 +198,8 @@ class InspectionStream:
 
     def _handle(self, event: Event) -> StreamInspection:
         result = self._inspect(event)
+        if self._drift is not None:
+            result = replace(result, drift=_drifted(self._drift, result))
         with self._lock:
             self._outcomes[result.outcome] += 1
         for delivery in self._deliveries:
@@ -221,12 +234,21 @@ class InspectionStream:
                 _open.discard(self)
             return self._problems
 
+    def _test(self) -> None:
+        if self._untested:
+            with self._testing:
+                test = getattr(self._detector, "self_test", None)  # a stand-in may have none
+                if self._untested and test is not None:
+                    test()
+                self._untested = False
+
     def _inspect(self, event: Event) -> StreamInspection:
         detector, frame = self._detector, event.frame
         error = event.error if frame is None else frame.error
         inspection = None
         if frame is not None and error is None:
             try:
+                self._test()
                 inspection = detector.inspect(frame.pixels, maps=self._maps)
             except AdvRADError as failure:
                 error = failure
@@ -248,6 +270,14 @@ class InspectionStream:
             latency_ms=(time.monotonic() - event.at) * 1e3,
             dropped=event.dropped,
         )
+
+
+def _drifted(drift: Drift, result: StreamInspection) -> DriftState:
+    try:
+        return drift.update(result)
+    except Exception:
+        _log.exception("%s: the drift test did not take frame %d", result.source, result.sequence)
+        return drift.state
 
 
 _open: weakref.WeakSet[InspectionStream] = weakref.WeakSet()

@@ -20,6 +20,7 @@ from advrad_fast.errors import ConfigError, TrainingError, expected
 from advrad_fast.evaluation.datasets import Dataset, load_dataset
 from advrad_fast.model import ModelFile, Scalar, round_to_half
 from advrad_fast.reference.unet import UNet
+from advrad_fast.selftest_record import with_self_test
 from advrad_fast.training import certify as certification
 from advrad_fast.training import fitting, tiles
 from advrad_fast.training.batchnorm import training_network
@@ -242,7 +243,8 @@ def fit(
         threshold=calibrate.conformal_threshold(scores, rate),
         provenance=dict(provenance),
     )
-    return certification.add(model, split, certify, radius=certify_radius, seed=seed)
+    model = certification.add(model, split, certify, radius=certify_radius, seed=seed)
+    return with_self_test(model, backend="reference")
 
 
 def _arrays(net: UNet) -> dict[str, NDArray[np.float32]]:

@@ -31,6 +31,7 @@ from test_house import MODULES, is_in
 from advrad_fast import Detector, Inspection, ModelFile, config, images
 from advrad_fast.certify import DecisionTest, RadiusSequence, RobustnessTest
 from advrad_fast.errors import AdvRADError
+from advrad_fast.recalibrate import recalibrate
 from advrad_fast.roi import Roi
 from advrad_fast.tiling import fit_tiling
 
@@ -210,6 +211,10 @@ def region(roi: Any, on: Any) -> Any:
     return Roi(roi, on)
 
 
+def recalibrated(frames: Any, false_alarm_rate: Any, aligned: Any, seed: Any) -> Any:
+    recalibrate(PLAIN, frames, false_alarm_rate=false_alarm_rate, mu=aligned, seed=seed, backend="cpu", threads=1)
+
+
 def inspect_one(frame: Any, aligned: Any, seed: Any) -> None:
     result: Inspection = detector().inspect(frame, maps=aligned, seed=seed)
     assert result.outcome in ("OK", "DEFECT") and (result.outcome == "DEFECT") == (result.score > result.threshold)
@@ -266,6 +271,7 @@ CALLED: dict[str, tuple[Callable[..., Any], ...]] = {
     "overlay.overlay": (overlay,),
     "pose.align": (align,),
     "roi.Roi": (region,),
+    "recalibrate.recalibrate": (recalibrated,),
     "schedule.timestep_for_sigma": (timestep_for_sigma,),
     "tiling.fit_tiling": (tiled,),
     "untrusted.parse": (parse,),
@@ -288,6 +294,7 @@ REASONS: dict[str, dict[str, str]] = {
         "evaluation.rows": "AttackRow RobustSummary",
         "gpu_frames": "GpuFrame Pixels",
         "images": "Prepared",
+        "selftest": "Expected SelfTest",
         "schedule": "Coefficients",
         "template": "Pose",
     },
@@ -303,6 +310,7 @@ REASONS: dict[str, dict[str, str]] = {
         "images": "check_size",
         "lattice": "check_sigma",
         "philox": "check_seed",
+        "recalibrate": "frames_needed",
         "voting": "check_votes",
     },
     "a part of inspecting a frame": {
@@ -321,6 +329,8 @@ REASONS: dict[str, dict[str, str]] = {
         "overlay": "colours",
         "philox": "philox4x32",
         "pose": "warp_back",
+        "selftest": "frames compare parse",
+        "selftest_record": "with_self_test",
         "schedule": "betas alpha_bar sigma coefficients error_coefficients",
         "smoothing": "folded Outline outline",
         "tiles": "default_overlap starts weights blend cut tile_seed",

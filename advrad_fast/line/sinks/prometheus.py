@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from advrad_fast.detector import Outcome
 from advrad_fast.errors import ConfigError, SinkError, expected
+from advrad_fast.line.drift import Direction
 from advrad_fast.line.results import StreamInspection
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -13,7 +14,8 @@ class Prometheus:
     """Serves metrics at ``http://HOST:PORT/metrics``.  Put it last among a stream's sinks: it counts what those before refused.
 
     With the label ``source``: advrad_results_total (with ``outcome``, too), advrad_dropped_total, advrad_unstored_total,
-    advrad_latency_seconds (a histogram, from capture to result), advrad_score and advrad_threshold (the last ones).
+    advrad_latency_seconds (a histogram, from capture to result), advrad_score and advrad_threshold (the last ones), and of a
+    stream with a drift test advrad_drift_e_value and advrad_drift_alarm (with ``direction``, too: 1 after an alarm, else 0).
 
     Args:
         port: 0 for any free one, see :attr:`port`.
@@ -42,6 +44,8 @@ class Prometheus:
         )
         self._score = Gauge("advrad_score", "The last score.", source, registry=registry)
         self._threshold = Gauge("advrad_threshold", "A score above it is a defect.", source, registry=registry)
+        self._evidence = Gauge("advrad_drift_e_value", "The evidence that scores have drifted.", source, registry=registry)
+        self._alarm = Gauge("advrad_drift_alarm", "Whether scores have drifted.", [*source, "direction"], registry=registry)
         try:
             self._server, self._thread = start_http_server(port, addr=host, registry=registry)
         except OSError as error:
@@ -60,6 +64,10 @@ class Prometheus:
         self._threshold.labels(source).set(result.inspection.threshold)
         if result.score is not None:
             self._score.labels(source).set(result.score)
+        if result.drift is not None:
+            self._evidence.labels(source).set(result.drift.e_value)
+            for direction in Direction:
+                self._alarm.labels(source, str(direction)).set(direction is result.drift.direction)
 
     def close(self) -> None:
         """Stop serving."""

@@ -9,12 +9,14 @@ import threading
 from advrad_fast.errors import SinkError
 from advrad_fast.line.results import ROW_KEYS, StreamInspection, Value
 
-VERSION = 1  #: of the table, in the database's user_version
+VERSION = 2  #: of the table, in the database's user_version; 1, without the columns of drift, is changed into it when opened
 
 _TYPES = {"sequence": "INTEGER NOT NULL", "dropped": "INTEGER NOT NULL"}
 _TYPES |= dict.fromkeys(("run", "source", "captured_at", "outcome", "backend"), "TEXT NOT NULL")
 _TYPES |= dict.fromkeys(("item", "error", "message"), "TEXT")
 _TYPES |= dict.fromkeys(("threshold", "latency_ms"), "REAL NOT NULL") | dict.fromkeys(("score", "p_value"), "REAL")
+_ADDED = {"drift_e_value": "REAL", "drift_alarm": "INTEGER", "drift_direction": "TEXT", "drift_since": "TEXT"}  # by version 2
+_TYPES |= _ADDED
 _CREATE = f"CREATE TABLE inspections ({', '.join(f'{key} {_TYPES[key]}' for key in ROW_KEYS)}, PRIMARY KEY (run, sequence))"
 _INSERT = f"INSERT INTO inspections VALUES ({', '.join('?' * len(ROW_KEYS))}) ON CONFLICT DO NOTHING"
 
@@ -73,6 +75,10 @@ class Sqlite:
             tables = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
             if version == 0 and not tables:
                 database.execute(_CREATE)
+                database.execute(f"PRAGMA user_version={VERSION}")
+            elif version == 1 and ("inspections",) in tables:
+                for key, kind in _ADDED.items():
+                    database.execute(f"ALTER TABLE inspections ADD COLUMN {key} {kind}")
                 database.execute(f"PRAGMA user_version={VERSION}")
             elif version != VERSION or ("inspections",) not in tables:
                 raise SinkError(f"{self.name}: expected an empty database or table version {VERSION}, got version {version}")

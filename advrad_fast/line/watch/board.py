@@ -144,7 +144,7 @@ class Board:
             "outcomes": outcomes,
             "dropped": dropped if source is None else source.dropped,
             "per_second": round(len(recent) / max(now - recent[0], 1.0), 2) if recent else 0.0,
-            "drift": None if newest is None else _drift(getattr(newest, "drift", None)),
+            "drift": None if newest is None else _drift(newest.drift),
             "source": None if source is None else _source(source),
             "rejects": [description for description, _ in reversed(self._rejects.values())],
         }
