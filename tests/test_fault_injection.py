@@ -71,7 +71,7 @@ def test_a_fault_at_any_line_of_inspect(detector: Detector, maps: bool, fault: t
     wanted, at = action(), lines(action)
     assert wanted.outcome is Outcome.DEFECT
     names = {line.code.co_qualname for line in at}
-    assert {"Detector.inspect", "prepare", "check_frame", "FrameBackend.score", "p_value"} <= names and len(at) > 80
+    assert {"Detector.inspect", "prepare", "check_frame", "FrameBackend.score", "checked_p_value"} <= names and len(at) > 80
     raised = 0
     for line in at:
         try:
