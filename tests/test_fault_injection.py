@@ -402,7 +402,7 @@ def test_a_fault_at_any_line_of_the_command(
     """A defective part: never exit code 0, nor 1 without the row that says so, and never a row that says OK."""
     detector, path, rows = make("cpu"), tmp_path / "bad.png", tmp_path / "rows.jsonl"
     Image.fromarray(BAD).save(path)
-    monkeypatch.setattr("advrad_fast.cli.inspection.load_detector", lambda _: detector)
+    monkeypatch.setattr("advrad_fast.cli.inspection.detector_maker", lambda _: lambda: detector)
 
     def action() -> int:
         return cli.main(["inspect", "model", str(path), "--json", str(rows), "--overlay", str(tmp_path / "maps")])
