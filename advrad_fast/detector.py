@@ -188,10 +188,9 @@ class Detector:
             ConfigError: ``maps`` or ``seed`` is out of range.
         """
         start = time.perf_counter()
-        noise_seed, maps = self._draw_seed(seed), truth("maps", maps)
         inspect = self._inspect if self._model.tiling is None else self._inspect_tiles
         try:
-            return inspect(frame, maps, noise_seed, start)
+            return inspect(frame, truth("maps", maps), self._draw_seed(seed), start)
         except MemoryError as error:
             raise InferenceError("out of memory") from error
 

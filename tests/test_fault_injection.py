@@ -71,7 +71,7 @@ def test_a_fault_at_any_line_of_inspect(detector: Detector, maps: bool, fault: t
     wanted, at = action(), lines(action)
     assert wanted.outcome is Outcome.DEFECT
     names = {line.code.co_qualname for line in at}
-    assert {"Detector.inspect", "prepare", "check_frame", "FrameBackend.score", "p_value"} <= names and len(at) > 80
+    assert {"Detector.inspect", "prepare", "check_frame", "FrameBackend.score", "checked_p_value"} <= names and len(at) > 80
     raised = 0
     for line in at:
         try:
@@ -402,7 +402,7 @@ def test_a_fault_at_any_line_of_the_command(
     """A defective part: never exit code 0, nor 1 without the row that says so, and never a row that says OK."""
     detector, path, rows = make("cpu"), tmp_path / "bad.png", tmp_path / "rows.jsonl"
     Image.fromarray(BAD).save(path)
-    monkeypatch.setattr("advrad_fast.cli.inspection.load_detector", lambda _: detector)
+    monkeypatch.setattr("advrad_fast.cli.inspection.detector_maker", lambda _: lambda: detector)
 
     def action() -> int:
         return cli.main(["inspect", "model", str(path), "--json", str(rows), "--overlay", str(tmp_path / "maps")])
