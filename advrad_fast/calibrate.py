@@ -16,7 +16,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from advrad_fast.errors import CalibrationError, ConfigError, expected
+from advrad_fast.checks import floats, integer, share
+from advrad_fast.errors import CalibrationError, expected
 
 
 def p_value(calibration: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
@@ -30,14 +31,19 @@ def p_value(calibration: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
         float64 of the shape of ``scores``, in [1 / (n + 1), 1].
 
     Raises:
-        CalibrationError: either is not finite, or ``calibration`` is empty, not (n,) or not sorted.
+        CalibrationError: either is no array of finite numbers, or ``calibration`` is empty, not (n,) or not sorted.
     """
     normal = _scores(calibration)
-    new = np.asarray(scores, dtype=np.float64)
+    new = floats("scores", scores, CalibrationError)
     if not np.isfinite(new).all():
         raise CalibrationError(expected("scores", "finite values", new[~np.isfinite(new)].flat[0]))
     above = normal.size - np.searchsorted(normal, new, side="left")
     return np.asarray((1 + above) / (normal.size + 1), dtype=np.float64)
+
+
+def checked_p_value(normal: NDArray[np.float64], score: float) -> float:
+    """:func:`p_value` of one finite score, for a calibration that was checked before: a frame's, where microseconds count."""
+    return (1 + normal.size - int(normal.searchsorted(score))) / (normal.size + 1)
 
 
 def conformal_threshold(calibration: ArrayLike, false_alarm_rate: float) -> float:
@@ -54,17 +60,17 @@ def conformal_threshold(calibration: ArrayLike, false_alarm_rate: float) -> floa
         ConfigError: ``false_alarm_rate`` is not in (0, 1).
     """
     normal = _scores(calibration)
-    return float(normal[_rank(normal.size, _rate(false_alarm_rate)) - 1])
+    return float(normal[_rank(normal.size, share("false_alarm_rate", false_alarm_rate)) - 1])
 
 
 def attainable_rate(n: int) -> float:
     """The smallest false-alarm rate that n normals can promise: 1 / (n + 1)."""
-    return 1 / (_count(n) + 1)
+    return 1 / (integer("n", n, 1) + 1)
 
 
 def normals_needed(false_alarm_rate: float) -> int:
     """The smallest n whose attainable rate is <= ``false_alarm_rate``, which is in (0, 1): 1 / rate - 1, rounded up."""
-    rate = _rate(false_alarm_rate)
+    rate = share("false_alarm_rate", false_alarm_rate)
     n = max(1, int(1 / Fraction(rate)) - 2)  # the exact inverse can be off by one from the rounded comparison
     while 1 / (n + 1) > rate:
         n += 1
@@ -88,8 +94,9 @@ def training_conditional_bound(n: int, false_alarm_rate: float, delta: float) ->
     """
     from scipy.special import betaincinv  # SciPy takes longer to import than the rest of this package: on use only
 
-    k = _rank(_count(n), _rate(false_alarm_rate))
-    return 1.0 - float(betaincinv(k, n + 1 - k, _rate(delta, "delta")))
+    n = integer("n", n, 1)
+    k = _rank(n, share("false_alarm_rate", false_alarm_rate))
+    return 1.0 - float(betaincinv(k, n + 1 - k, share("delta", delta)))
 
 
 def _rank(n: int, rate: float) -> int:
@@ -106,7 +113,7 @@ def _rank(n: int, rate: float) -> int:
 
 
 def _scores(calibration: ArrayLike) -> NDArray[np.float64]:
-    scores = np.asarray(calibration, dtype=np.float64)
+    scores = floats("calibration", calibration, CalibrationError)
     if scores.ndim != 1 or scores.size == 0:
         raise CalibrationError(expected("calibration", "(n,) scores with n >= 1", scores.shape))
     if not np.isfinite(scores).all():
@@ -114,15 +121,3 @@ def _scores(calibration: ArrayLike) -> NDArray[np.float64]:
     if (scores[1:] < scores[:-1]).any():
         raise CalibrationError("calibration: expected sorted, rising scores")
     return scores
-
-
-def _rate(value: float, name: str = "false_alarm_rate") -> float:
-    if isinstance(value, bool) or not isinstance(value, float | int | np.floating) or not 0.0 < value < 1.0:
-        raise ConfigError(expected(name, "a number in (0, 1)", value))
-    return float(value)
-
-
-def _count(n: int) -> int:
-    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
-        raise ConfigError(expected("n", "an integer >= 1", n))
-    return int(n)

@@ -38,8 +38,12 @@ class _Config:
             object.__setattr__(self, name, _convert(getattr(self, name), hint, name))
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of plain JSON values, which :meth:`from_json` turns back into an equal object."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]
+        """A dict of plain JSON values, which :meth:`from_json` turns back into an equal object.
+
+        Fields that were added later are left out at their defaults, so that what is older keeps its text and its hash.
+        """
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not _is_left_out(f, self)}  # type: ignore[arg-type]
+        return {name: value.to_json() if isinstance(value, _Config) else value for name, value in values.items()}
 
     @classmethod
     def from_json(cls: type[_T], value: object, path: str = "") -> _T:
@@ -52,11 +56,15 @@ class _Config:
         if not isinstance(value, dict):
             raise ConfigError(expected(where, "an object", value))
         hints = typing.get_type_hints(cls)
-        names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        names = {f.name for f in dataclasses.fields(cls) if f.name in value or not f.metadata.get("added")}  # type: ignore[arg-type]
         if set(value) != names:
             unknown, missing = sorted(map(str, set(value) - names)), sorted(names - set(value))
             raise ConfigError(f"{where}: unknown fields {unknown}, missing fields {missing}")
         return cls(**{name: _convert(value[name], hints[name], f"{where}.{name}") for name in names})
+
+
+def _is_left_out(field_: dataclasses.Field[Any], config: _Config) -> bool:
+    return bool(field_.metadata.get("added")) and getattr(config, field_.name) == field_.default
 
 
 def _convert(value: object, hint: Any, path: str) -> Any:
@@ -251,6 +259,11 @@ class PoseConfig(_Config):
         min_length, max_length: extents outside this range are not the part.
         min_area, max_area: areas (fractions of the squared shorter side) outside this range are not the part.
         crop_length, crop_width: the window around the part that becomes the network's input.
+        profile: the part's outline, as 24 half-widths from its thick end to its thin one on the side of positive y of the level
+            part, and 24 on the other: what finds it among clutter and shadows.  Empty, as in models of before: the largest thing
+            that stands out is taken for the part.
+        min_fit: of a part that the outline finds, the least :func:`advrad_fast.template.worth`; with a profile only.
+        trusted_fit: of the largest thing that stands out, the worth from which it is the part and nothing else.
     """
 
     dark_part: bool = True
@@ -262,12 +275,25 @@ class PoseConfig(_Config):
     max_area: float = 0.5
     crop_length: float = 1.0
     crop_width: float = 0.375
+    profile: tuple[float, ...] = field(default=(), metadata={"added": True})
+    min_fit: float = field(default=0.0, metadata={"added": True})
+    trusted_fit: float = field(default=0.0, metadata={"added": True})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _number("min_contrast", self.min_contrast, 1e-3, 1.0)
         for name in ("length", "min_length", "max_length", "min_area", "max_area", "crop_length", "crop_width"):
             _number(name, getattr(self, name), 1e-4, 4.0)
+        if len(self.profile) not in (0, 48):
+            raise ConfigError(expected("profile", "48 half-widths, or none", len(self.profile)))
+        for width in self.profile:
+            _number("profile", width, 0.0, 2.0)
+        if self.profile and max(self.profile) <= 0.0:
+            raise ConfigError(expected("profile", "a half-width above 0", 0.0))
+        if self.profile and max(self.profile) > 2.0 * self.length:
+            raise ConfigError(expected("profile", "half-widths up to twice the length", max(self.profile)))
+        for name in ("min_fit", "trusted_fit"):
+            _number(name, getattr(self, name), 0.0, 1.0)
         if self.min_length >= self.max_length or self.min_area >= self.max_area:
             raise ConfigError(
                 f"pose: an empty range: length {self.min_length}..{self.max_length}, area {self.min_area}..{self.max_area}"

@@ -27,11 +27,13 @@ from numpy.typing import NDArray
 
 from advrad_fast import backends, calibrate, gpu_frames, images, philox, tiles, voting
 from advrad_fast.backends import Votes
+from advrad_fast.backends.checked import checked_score, float32_below
 from advrad_fast.certify import Certificate, DecisionTest
+from advrad_fast.checks import finite, truth
 from advrad_fast.errors import AdvRADError, ConfigError, ImageError, InferenceError, PartNotFoundError, expected
 from advrad_fast.model import ModelFile
+from advrad_fast.roi import Roi, fitting
 from advrad_fast.smoothing import Smoothing
-from advrad_fast.untrusted import kind
 from advrad_fast.voting import OnVotes
 
 _log = logging.getLogger(__name__)
@@ -88,14 +90,25 @@ class Detector:
         backend: ``auto``, ``cpu``, ``cuda`` or ``reference``.
         seed: of the noise, in [0, 2**64).  None draws a fresh one from the operating system for every frame, so that
             nobody can prepare a part or an image for the noise to come.
+        roi: where frames are looked at: a :class:`advrad_fast.roi.Roi`, or a bool array (H, W) of their size; None for
+            everywhere.  Outside, nothing counts in the score and the map is 0: scores can only be lower, so the rate holds.
         options: the backend's own (:func:`advrad_fast.backends.create`).
 
     Raises:
         BackendUnavailableError: the backend can't be had here; the message has each one's reason.
+        ConfigError: ``seed`` or ``roi`` is out of range, or the region is empty or does not fit the model.
     """
 
-    def __init__(self, model: ModelFile, *, backend: str = "auto", seed: int | None = 0, **options: Any) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: ModelFile,
+        *,
+        backend: str = "auto",
+        seed: int | None = 0,
+        roi: Roi | NDArray[np.bool_] | None = None,
+        **options: Any,
+    ) -> None:
+        self._model, self._roi = model, fitting(roi, model)
         self._seed = None if seed is None else philox.check_seed(seed)
         mu, inverse_spread = model.mu, model.inverse_spread
         self._by_position = model.tiling is not None and model.tiling.frame is not None
@@ -134,7 +147,7 @@ class Detector:
 
     @threshold.setter
     def threshold(self, value: float) -> None:
-        self._threshold = _finite("threshold", value)
+        self._threshold = finite("threshold", value)
 
     @property
     def false_alarm_rate(self) -> float:
@@ -163,15 +176,17 @@ class Detector:
             seed: instead of the detector's.
 
         Returns:
-            OK or DEFECT, or ABSTAIN where the model aligns the part first and finds none.
+            OK or DEFECT, or ABSTAIN where the model aligns the part first and finds none, or none in the region.
 
         Raises:
-            ImageError: the frame breaks the input contract, or lies on a GPU and the backend is not ``cuda`` on that one.
+            ImageError: the frame breaks the input contract, is not of the region's size, or lies on a GPU and the backend is not
+                ``cuda`` on that one.
             InferenceError: the engine failed, memory ran out, or what came back is no result: not finite, of another shape, or
                 a score that is not its map's maximum.
+            ConfigError: ``maps`` or ``seed`` is out of range.
         """
         start = time.perf_counter()
-        noise_seed = self._draw_seed(seed)
+        noise_seed, maps = self._draw_seed(seed), truth("maps", maps)
         inspect = self._inspect if self._model.tiling is None else self._inspect_tiles
         try:
             return inspect(frame, maps, noise_seed, start)
@@ -181,23 +196,35 @@ class Detector:
     def _inspect(self, frame: object, maps: bool, seed: int, start: float) -> Inspection:
         threshold = self._threshold  # read once: another thread may set it
         on_gpu = gpu_frames.find(frame)
-        prepare, prepared = 0.0, None
-        result = None if on_gpu is None else self._backend.score_in_place(on_gpu, seed=seed, want_maps=maps)
+        prepare, prepared, counted, roi = 0.0, None, None, self._roi
+        wanted = maps or roi is not None
+        result = None
+        if on_gpu is not None and roi is None:
+            result = self._backend.score_in_place(on_gpu, seed=seed, want_maps=maps)
         if result is None:
             try:
                 prepared = self._prepared(frame, on_gpu)
+                counted = None if roi is None else roi.on_image(prepared)
             except PartNotFoundError as error:
                 return self._failed(Outcome.ABSTAIN, error, start)
             prepare = _ms(start)
-            result = self._backend.score(prepared.image[None], seed=seed, want_maps=maps)
+            result = self._backend.score(prepared.image[None], seed=seed, want_maps=wanted)
         size = self._model.config.image
-        score = _checked_score(result, (size.height, size.width), maps)
+        score = checked_score(result, (size.height, size.width), wanted)
         anomaly_map = mask = None
-        if maps and result.maps is not None:
-            anomaly_map, mask = result.maps[0], result.maps[0] > _float32_below(threshold)
-            if prepared is not None:  # else the frame is the network's image
+        if wanted and result.maps is not None:
+            anomaly_map, mask = result.maps[0], result.maps[0] > float32_below(threshold)
+            if counted is not None:
+                anomaly_map, mask = np.where(counted, anomaly_map, np.float32(0.0)), mask & counted
+                score = float(anomaly_map.max())
+            if prepared is not None and maps:  # else the frame is the network's image
                 anomaly_map = images.map_to_frame(anomaly_map, prepared)
                 mask = images.mask_to_frame(mask, prepared)
+                if roi is not None:
+                    inside = roi.on_frame(prepared)
+                    anomaly_map, mask = np.where(inside, anomaly_map, np.float32(0.0)), mask & inside
+        if not maps:
+            anomaly_map = mask = None
         return self._judged(score, threshold, anomaly_map, mask, {"prepare": prepare, **result.timings}, start)
 
     def _inspect_tiles(self, frame: object, maps: bool, seed: int, start: float) -> Inspection:
@@ -207,13 +234,16 @@ class Detector:
         whole = images.prepare_whole(self._on_host(frame, gpu_frames.find(frame)), config)
         if tiling.frame is not None and whole.shape[:2] != tiling.frame:
             raise ImageError(expected("frame", f"one of the size that the model was made for, {tiling.frame}", whole.shape[:2]))
+        region = None if self._roi is None else self._roi.mask
+        if self._roi is not None:
+            self._roi.check_frame(whole.shape[:2])
         timings = {"prepare": _ms(start)}
         threshold = self._threshold  # read once: another thread may set it
         size = (config.height, config.width)
 
         def run(tile: NDArray[np.uint8], index: int) -> NDArray[np.float32]:
             result = self._backend.score(tile[None], seed=tiles.tile_seed(seed, index), want_maps=True)
-            _checked_score(result, size, want_maps=True)
+            checked_score(result, size, want_maps=True)
             if result.maps is None:
                 raise InferenceError(expected("maps", f"a float32 array {(1, *size)}", None))
             for name, value in result.timings.items():
@@ -221,15 +251,19 @@ class Detector:
             values: NDArray[np.float32] = result.maps[0]
             return values
 
-        anomaly_map = tiles.blend(whole, size, tiling.overlap, run)
+        anomaly_map = tiles.blend(whole, size, tiling.overlap, run, region)
         if self._by_position:
             anomaly_map -= self._model.mu
             np.abs(anomaly_map, out=anomaly_map)
             anomaly_map *= self._model.inverse_spread
+        if region is not None:
+            anomaly_map[~region] = 0.0
         score = float(anomaly_map.max())
         if not math.isfinite(score):
             raise InferenceError(expected("score", "a finite number", score))
-        mask = anomaly_map > _float32_below(threshold) if maps else None
+        mask = anomaly_map > float32_below(threshold) if maps else None
+        if mask is not None and region is not None:
+            mask &= region
         return self._judged(score, threshold, anomaly_map if maps else None, mask, timings, start)
 
     def _judged(
@@ -245,7 +279,7 @@ class Detector:
             outcome=Outcome.DEFECT if score > threshold else Outcome.OK,
             score=score,
             threshold=threshold,
-            p_value=float(calibrate.p_value(self._model.calibration_scores, np.array([score]))[0]),
+            p_value=calibrate.checked_p_value(self._model.calibration_scores, score),
             anomaly_map=anomaly_map,
             mask=mask,
             backend=self.backend,
@@ -256,8 +290,14 @@ class Detector:
         """Inspect frames; a bad one becomes an ERROR in its place, and the others keep their results.
 
         Each result equals :meth:`inspect`'s of the same frame and seed.
+
+        Raises:
+            ImageError: ``frames`` is not iterable.
+            ConfigError: as :meth:`inspect`.
         """
-        results = []
+        if not isinstance(frames, Iterable) or (isinstance(frames, np.ndarray) and frames.ndim == 0):
+            raise ImageError(expected("frames", "an iterable of frames", type(frames)))
+        results: list[Inspection] = []
         for frame in frames:
             start = time.perf_counter()
             try:
@@ -311,7 +351,7 @@ class Detector:
         """
         max_votes = voting.check_votes("max_votes", max_votes)
         smoothing = self._smoothing(radius, sigma, alpha, max_votes)
-        threshold = smoothing.threshold if threshold is None else _finite("threshold", threshold)
+        threshold = smoothing.threshold if threshold is None else finite("threshold", threshold)
         test = None if radius is None else DecisionTest(radius, smoothing.sigma, alpha, pixels=self._pixels)
         noise_seed = secrets.randbits(64) if seed is None else philox.check_seed(seed)
         try:
@@ -379,12 +419,14 @@ class Detector:
 
     def _smoothing(self, radius: float | None, sigma: float | None, alpha: float, max_votes: int) -> Smoothing:
         model = self._model
+        if self._roi is not None:
+            raise ConfigError("certify: expected a detector without a region of interest: its votes are of whole images")
         if model.tiling is not None:
             raise ConfigError("certify: expected a model that inspects whole frames, got one that inspects tiles")
         if not model.smoothing:
             raise ConfigError("certify: expected a model that has a sigma to certify at; `advrad-fast certify --fit` adds one")
         if sigma is not None:
-            if isinstance(sigma, bool) or sigma not in model.sigmas:
+            if finite("sigma", sigma) not in model.sigmas:
                 raise ConfigError(expected("sigma", f"one of the model's {list(model.sigmas)}", sigma))
             return model.smoothing[model.sigmas.index(sigma)]
         if radius is None:
@@ -417,40 +459,6 @@ class Detector:
     def _failed(self, outcome: Outcome, error: AdvRADError, start: float) -> Inspection:
         timings = MappingProxyType({"total": _ms(start)})
         return Inspection(outcome, None, self._threshold, None, None, None, self.backend, timings, error)
-
-
-def _finite(name: str, value: object) -> float:
-    real = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
-    too_large = isinstance(value, int) and abs(value) > sys.float_info.max  # float() would overflow
-    if not real or too_large or not math.isfinite(value):  # type: ignore[arg-type]
-        raise ConfigError(expected(name, "a finite number", value))
-    return float(value)  # type: ignore[arg-type]
-
-
-def _checked_score(result: backends.Scores, size: tuple[int, ...], want_maps: bool) -> float:
-    """The one score in a backend's result, which is trusted no more than a file: a wrong one could pass a defect as good."""
-    scores, maps = result.scores, result.maps
-    if not isinstance(scores, np.ndarray) or scores.shape != (1,) or scores.dtype != np.float32:
-        raise InferenceError(expected("scores", "a float32 array (1,)", kind(scores)))
-    score = float(scores[0])
-    if not math.isfinite(score):
-        raise InferenceError(expected("score", "a finite number", score))
-    if want_maps:
-        if not isinstance(maps, np.ndarray) or maps.shape != (1, *size) or maps.dtype != np.float32:
-            raise InferenceError(expected("maps", f"a float32 array {(1, *size)}", kind(maps)))
-        if not float(maps.max()) == score:  # NaN in a map is its maximum
-            raise InferenceError(expected("score", f"the map's maximum, {float(maps.max()):g}", score))
-    return score
-
-
-def _float32_below(threshold: float) -> np.float32:
-    """The largest float32 up to ``threshold``: float32 values are above the one exactly where they are above the other.
-
-    Rounded to the nearest, a threshold just below the maximum could leave the mask of a DEFECT empty.
-    """
-    with np.errstate(over="ignore"):
-        rounded = np.float32(threshold)
-    return np.nextafter(rounded, np.float32(-np.inf)) if float(rounded) > threshold else rounded
 
 
 def _ms(start: float) -> float:

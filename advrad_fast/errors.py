@@ -22,6 +22,11 @@
     ├── SourceError             (RuntimeError)  a source of frames cannot be opened or read
     │   └── SourceStalledError                  it did not answer within the deadline
     └── SinkError               (RuntimeError)  a result could not be stored
+
+Whatever numbers, arrays, frames, texts and paths a public function is given, it does what it says or raises one of these (or
+MemoryError, where it is asked for more than there is).  Where it takes an object of this package, a
+:class:`~advrad_fast.ModelFile` for example, or a function to call, any other object there is a fault of the program, and Python's
+own errors (TypeError, AttributeError) say so.
 """
 
 from __future__ import annotations
@@ -115,4 +120,8 @@ _short.maxstring = _short.maxother = 120  # a message must not carry the input, 
 
 def expected(name: str, wanted: str, got: object) -> str:
     """The one sentence all messages use: what was named, what was wanted, what came."""
-    return f"{name}: expected {wanted}, got {_short.repr(got)}"
+    try:
+        came = _short.repr(got)
+    except Exception:  # an object's own code; an integer of more than 4300 digits
+        came = f"<{type(got).__name__}>"
+    return f"{name}: expected {wanted}, got {came}"

@@ -18,14 +18,12 @@ everywhere is dropped; any other is refused, for what stands behind the part is 
 
 from __future__ import annotations
 
-import glob
 import io
 import os
 import stat
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,19 +31,15 @@ from numpy.typing import NDArray
 from advrad_fast import dlpack, pose
 from advrad_fast.config import ImageConfig
 from advrad_fast.errors import ConfigError, ImageDecodeError, ImageError, ImageTooLargeError, expected
+from advrad_fast.image_paths import StrPath
 
 if TYPE_CHECKING:
     from typing import IO
 
     from PIL.Image import Image as PILImage
 
-StrPath: TypeAlias = str | os.PathLike[str]
-
 MAX_PIXELS = 100_000_000  #: the default cap on a frame's height x width
 MAX_GAIN = 4.0  #: brightness normalisation stays within [1/4, 4]
-IMAGE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".pgm", ".ppm"}
-)  #: what folders are searched for
 
 _FRAME = "a uint8, uint16 or float (in [0, 1]) array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a PIL image"
 
@@ -124,6 +118,8 @@ def load_image(path: StrPath, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
         ConfigError: ``max_pixels`` is not a positive integer.
     """
     _check_cap(max_pixels)
+    if not isinstance(path, str | os.PathLike):
+        raise ImageDecodeError(f"{expected('path', 'a path', path)}: can't be opened")
     try:
         name = os.fsdecode(path)
         if not stat.S_ISREG(Path(name).stat().st_mode):  # before opening, as opening a pipe would wait
@@ -147,6 +143,8 @@ def decode_image(data: bytes, name: str = "image", *, max_pixels: int = MAX_PIXE
         ImageError, ConfigError: as there; ``data`` is not bytes.
     """
     _check_cap(max_pixels)
+    if not isinstance(name, str):
+        raise ImageError(expected("name", "a string", name))
     if not isinstance(data, bytes | bytearray | memoryview):
         raise ImageError(expected(name, "an image file's bytes", type(data)))
     with io.BytesIO(data) as file:
@@ -285,54 +283,6 @@ def mask_to_frame(mask: NDArray[np.bool_], prepared: Prepared) -> NDArray[np.boo
     columns = np.clip(np.rint(x).astype(int), 0, width - 1)
     marked[rows, columns] = True
     return marked
-
-
-def list_images(paths: StrPath | Iterable[StrPath]) -> list[Path]:
-    """The image files that paths stand for, in the order given, sorted within each, each file once.
-
-    A file stands for itself, whatever its suffix.  A folder stands for all files under it with a suffix in
-    ``IMAGE_SUFFIXES``; hidden files and folders are skipped and links to folders are not followed.  Anything else is a
-    glob pattern (``**`` crosses folders) for files with such a suffix and for folders.
-
-    Raises:
-        ImageError: no path at all, or one that stands for no image.
-    """
-    if isinstance(paths, bytes):
-        raise ImageError(expected("paths", "a path or several", paths))
-    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    if not given:
-        raise ImageError(expected("paths", "at least one file, folder or pattern", given))
-    found: dict[Path, None] = {}
-    for item in given:
-        if not isinstance(item, str | os.PathLike):
-            raise ImageError(expected("paths", "str or pathlib paths", item))
-        path = Path(item)
-        # Existing names come first: brackets in a file's name are not a pattern.
-        if path.is_file():
-            images = [path]
-        elif path.is_dir():
-            images = _walk(path)
-        elif glob.has_magic(str(item)):
-            matches = [Path(match) for match in sorted(glob.glob(str(item), recursive=True))]  # noqa: PTH207  (any pattern)
-            images = sorted({p for m in matches for p in (_walk(m) if m.is_dir() else [m] if _is_image(m) else [])})
-        else:
-            raise ImageError(f"{path}: no such file or folder")
-        if not images:
-            raise ImageError(f"{path}: no image found; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
-        found.update(dict.fromkeys(images))
-    return list(found)
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-def _walk(folder: Path) -> list[Path]:
-    images: list[Path] = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images += [path for path in (Path(root, name) for name in files) if _is_image(path)]
-    return sorted(images)
 
 
 def check_size(name: str, height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:

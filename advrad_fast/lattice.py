@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advrad_fast import philox
+from advrad_fast.checks import integer
 from advrad_fast.errors import ConfigError, expected
 
 LEVELS = 255  #: lattice steps in a pixel's range [0, 1]
@@ -85,5 +86,8 @@ def distance(sigma: float, pixels: int) -> float:
     Each of the 2 K + 1 probabilities is off by at most 2**-60 (two thresholds, each rounded by half a unit) and what lies beyond
     the outermost thresholds adds less than that; the values are independent.  A probability estimated with this noise is off by
     no more.
+
+    Raises:
+        ConfigError: ``sigma`` is not in [1/255, 2], or ``pixels`` not an integer in [1, 2**40].
     """
-    return pixels * (len(_thresholds(check_sigma(sigma))) + 3) * 2.0**-BITS / 2
+    return integer("pixels", pixels, 1, 2**40) * (len(_thresholds(check_sigma(sigma))) + 3) * 2.0**-BITS / 2

@@ -106,6 +106,8 @@ class ModelFile:
         config = _config(parse("config", dump(self.config.to_json()).encode()))
         shapes = _weight_shapes(config)
         same_names("weights", shapes, self.weights)
+        if not isinstance(self.tiling, TilingConfig | None):
+            refuse("tiling", "a TilingConfig or None", self.tiling)
         tiling = _tiling(None if self.tiling is None else self.tiling.to_json(), config)
         size = _map_size(config, tiling)
         checked: dict[str, object] = {
@@ -199,10 +201,11 @@ class ModelFile:
             "smoothing": [smoothing.document() for smoothing in self.smoothing],
             "tiling": None if self.tiling is None else self.tiling.to_json(),
         }
+        file = _path(path)
         try:
-            write_atomically(Path(path), save(tensors, metadata={_KEY: dump(document)}))
+            write_atomically(file, save(tensors, metadata={_KEY: dump(document)}))
         except (OSError, ValueError) as error:
-            raise ModelFileError(f"{os.fspath(path)}: cannot be written: {error}") from error
+            raise ModelFileError(f"{file}: cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ModelFile:
@@ -211,7 +214,7 @@ class ModelFile:
         Raises:
             ModelFileError: the file is missing, unreadable, damaged, foreign or inconsistent; the message names the field.
         """
-        name = Path(path)
+        name = _path(path)
         try:
             status = name.stat()  # before opening, as opening a pipe would wait
             if not stat.S_ISREG(status.st_mode):
@@ -357,6 +360,13 @@ def _checked_smoothing(value: object, config: DetectorConfig) -> tuple[Smoothing
     if sigmas != sorted(set(sigmas)):
         refuse("smoothing", "sigmas in rising order", sigmas)
     return checked
+
+
+def _path(value: object) -> Path:
+    try:
+        return Path(value)  # type: ignore[arg-type]
+    except TypeError:
+        refuse("path", "a path", value)
 
 
 def _config(value: object) -> DetectorConfig:

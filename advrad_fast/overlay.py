@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from advrad_fast.checks import integer
+from advrad_fast.config import MAX_SIDE
 from advrad_fast.detector import Inspection
 from advrad_fast.errors import ImageError, expected
 from advrad_fast.images import check_frame
@@ -74,6 +76,14 @@ def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def legend(width: int = 260, height: int = 14) -> Image.Image:
-    """The colour scale from 0 to ``FULL_SCALE`` times the threshold."""
+    """The colour scale from 0 to ``FULL_SCALE`` times the threshold.
+
+    Args:
+        width, height: pixels, in [1, 4096].
+
+    Raises:
+        ConfigError: they are not.
+    """
+    width, height = integer("width", width, 1, MAX_SIDE), integer("height", height, 1, MAX_SIDE)
     ramp = np.broadcast_to(np.linspace(0.0, 1.0, width, dtype=np.float32), (height, width))
     return Image.fromarray(colours(ramp))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from advrad_fast.checks import integer
 from advrad_fast.errors import ConfigError, expected
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -19,6 +20,7 @@ _MASK = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
 MAX_SEED = 2**64 - 1
+MAX_WORDS = 2**34  #: of one (seed, draw, image, block)
 
 
 def check_seed(seed: object) -> int:
@@ -48,8 +50,19 @@ def philox4x32(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.
 
 
 def integers(count: int, *, seed: int, draw: int = 0, image_id: int = 0, block: int = 0) -> NDArray[np.uint32]:
-    """The stream's first ``count`` 32-bit words for one (seed, draw, image, block): uint32 (count,)."""
-    seed = check_seed(seed)
+    """The stream's first ``count`` 32-bit words for one (seed, draw, image, block): uint32 (count,).
+
+    Args:
+        count: in [0, 2**34].
+        seed: in [0, 2**64).
+        draw, image_id, block: in [0, 2**32).
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    seed, count = check_seed(seed), integer("count", count, 0, MAX_WORDS)
+    for name, value in (("draw", draw), ("image_id", image_id), ("block", block)):
+        integer(name, value, 0, 2**32 - 1)
     groups = (count + 3) // 4
     counter = np.zeros((groups, 4), dtype=np.uint32)
     counter[:, 0] = np.arange(groups, dtype=np.uint32)
@@ -64,7 +77,11 @@ def normals(count: int, *, seed: int, draw: int = 0, image_id: int = 0) -> NDArr
 
     The uniforms are exact in fp32, u1 = ((r >> 8) + 1) / 2**24 in (0, 1] and u2 = (r >> 8) / 2**24 in [0, 1), so two
     implementations can differ only by the rounding of log, sqrt, sin and cos.
+
+    Raises:
+        ConfigError: as :func:`integers`.
     """
+    integer("count", count, 0, MAX_WORDS)
     words = integers((count + 3) // 4 * 4, seed=seed, draw=draw, image_id=image_id).reshape(-1, 2) >> np.uint32(8)
     scale = np.float32(2.0**-24)
     radius = np.sqrt(np.float32(-2.0) * np.log((words[:, 0] + np.uint32(1)).astype(np.float32) * scale))

@@ -2,13 +2,16 @@
 
 A part that lies at any angle makes a normal map over positions meaningless.  Where the normals show one elongated
 part on a plain background, :func:`fit_pose` measures a rule (:class:`advrad_fast.config.PoseConfig`) and
-:func:`align` applies it: threshold against the background, largest component, principal axis, crop.
+:func:`align` applies it: threshold against the background, largest component, principal axis, crop.  Where what it finds is not
+beyond doubt the part, :mod:`advrad_fast.template` looks for the part's outline; a part that is not found, or that could be in two
+places, is a PartNotFoundError.
 
 Coordinates are ``(x, y)`` with pixel centres at integers.  An ``Affine`` maps the output's to the source's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -16,7 +19,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from advrad_fast.config import PoseConfig
+from advrad_fast import template
+from advrad_fast.checks import integer
+from advrad_fast.config import MAX_SIDE, PoseConfig
 from advrad_fast.errors import ConfigError, ImageError, PartNotFoundError, expected
 
 #: (2, 3) float64: ``source_xy = affine[:, :2] @ output_xy + affine[:, 2]``.
@@ -37,6 +42,12 @@ _MAX_SCATTER = 0.5  # (largest - smallest) / median, of length and area over the
 _MIN_SEPARATION = 0.6  # Otsu: between-class variance over total variance
 _MAX_BUSY_BORDER = 0.05  # share of border pixels that stand out from the background
 _MAX_SECOND = 0.2  # area of the second largest component over the largest's
+_MIN_FIT = 0.85  # the least worth of a part, over the least of the normals
+_LEAST_FIT = 0.2  # of every normal, for the outline to be used
+_TRUSTED = 0.1  # share of the normals whose silhouettes are worth too little to be the part and nothing else beyond doubt
+_RIVAL = 0.92  # worth over the best's from which another pose leaves the part's place open
+_MAX_ASPECT = 8  # longer strips are not searched, which would take memory in proportion
+_MAX_OUTSIDE = 0.02  # share of the part beyond the frame's edge
 
 
 class _Part(NamedTuple):
@@ -51,6 +62,7 @@ class _Part(NamedTuple):
     end_ratio: float
     touches_border: bool
     second_area: float
+    points: NDArray[np.float64]  # (2, n) along and across the axis, from the centre
 
 
 def fit_pose(images: Sequence[NDArray[np.uint8]]) -> PoseConfig:
@@ -64,6 +76,8 @@ def fit_pose(images: Sequence[NDArray[np.uint8]]) -> PoseConfig:
             background; says which frame and why.
         ImageError: an image is not uint8 (H, W, 1 or 3).
     """
+    if not isinstance(images, Sequence | np.ndarray) or getattr(images, "ndim", 1) == 0:
+        raise ImageError(expected("images", "a sequence of frames", type(images)))
     if len(images) < _MIN_IMAGES:
         raise ConfigError(expected("images", f"at least {_MIN_IMAGES} good frames to fit a pose rule", len(images)))
     works = [_work(image, f"images[{i}]") for i, image in enumerate(images)]
@@ -82,7 +96,7 @@ def fit_pose(images: Sequence[NDArray[np.uint8]]) -> PoseConfig:
     if threshold < _MIN_CONTRAST:
         raise ConfigError(f"pose: the part stands out from its background by {threshold:.0f} of 255 grey levels only")
 
-    lengths, areas, widths = [], [], []
+    lengths, areas, widths, profiles, poses = [], [], [], [], []
     for i, (contrast, factor) in enumerate(zip(contrasts, factors, strict=True)):
         busy = float(np.mean(np.abs(_border(contrast)) >= threshold))
         if busy > _MAX_BUSY_BORDER:
@@ -104,13 +118,16 @@ def fit_pose(images: Sequence[NDArray[np.uint8]]) -> PoseConfig:
         lengths.append(part.length / side)
         areas.append(part.area / side**2)
         widths.append(part.width / side)
+        along, across = part.points / factor
+        profiles.append(template.measure_profile(along, across, part.length / factor) * factor / side)
+        poses.append(_pose_of(part, factor))
     for name, values in (("length", lengths), ("area", areas)):
         scatter = (max(values) - min(values)) / float(np.median(values))
         if scatter > _MAX_SCATTER:
             raise ConfigError(
                 f"pose: the part's {name} differs by {scatter:.0%} between normals, at most {_MAX_SCATTER:.0%} is allowed"
             )
-    return PoseConfig(
+    rule = PoseConfig(
         dark_part=dark_part,
         min_contrast=round(threshold / 255.0, 4),
         length=round(float(np.median(lengths)), 4),
@@ -121,6 +138,18 @@ def fit_pose(images: Sequence[NDArray[np.uint8]]) -> PoseConfig:
         max_area=round(2.0 * max(areas), 5),
         crop_length=round(1.08 * max(lengths), 4),
         crop_width=round(1.2 * max(widths), 4),
+        profile=tuple(np.median(profiles, axis=0).ravel().round(4).tolist()),
+    )
+    fits = [
+        template.worth(template.local_contrast(grey, rule), rule, *pose) for (grey, _), pose in zip(works, poses, strict=True)
+    ]
+    if min(fits) < _LEAST_FIT:  # parts too unlike one another for one outline to tell them from clutter
+        return dataclasses.replace(rule, profile=())
+    plain = [template.worth(_clipped(c, rule), rule, *pose) for c, pose in zip(contrasts, poses, strict=True)]
+    return dataclasses.replace(
+        rule,
+        min_fit=round(_MIN_FIT * min(fits), 4),
+        trusted_fit=round(max(0.0, float(np.quantile(plain, _TRUSTED))), 4),
     )
 
 
@@ -133,31 +162,26 @@ def align(image: NDArray[np.uint8], rule: PoseConfig, height: int, width: int) -
     Args:
         image: uint8 (H, W, C), C = 1 or 3.
         rule: from :func:`fit_pose`.
-        height, width: of the result, pixels.
+        height, width: of the result, pixels, in [1, 4096].
 
     Returns:
         The uint8 (height, width, C) image and the affine from its pixels to the frame's.
 
     Raises:
-        PartNotFoundError: no component stands out, its length or area is outside the rule's range, or the part is
-            cut off by the frame's edge.
+        PartNotFoundError: nothing stands out that has the part's size, or its outline where other things are in view; the outline
+            fits in two places; or the part is cut off by the frame's edge.
         ImageError: ``image`` is not uint8 (H, W, 1 or 3).
+        ConfigError: ``height`` or ``width`` is out of range.
     """
     from PIL import Image
 
-    grey, work_factor = _work(image, "image")
-    contrast = _background(grey) - grey
-    part = _find(contrast if rule.dark_part else -contrast, rule.min_contrast * 255.0, work_factor)
+    height, width = integer("height", height, 1, MAX_SIDE), integer("width", width, 1, MAX_SIDE)
+    centre, direction = _locate(image, rule)
     side = float(min(image.shape[:2]))
-    _within("length", part.length / side, rule.min_length, rule.max_length)
-    _within("area", part.area / side**2, rule.min_area, rule.max_area)
-    if part.touches_border:
-        raise PartNotFoundError("pose: the part is cut off by the frame's edge")
-
     step = side * max(rule.crop_length / width, rule.crop_width / height)  # source pixels an output pixel
-    axis = step * part.axis
+    axis = step * direction
     linear = np.array([[axis[0], -axis[1]], [axis[1], axis[0]]])
-    affine = np.column_stack([linear, part.centre - linear @ [(width - 1) / 2, (height - 1) / 2]])
+    affine = np.column_stack([linear, centre - linear @ [(width - 1) / 2, (height - 1) / 2]])
 
     source = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
     factor = max(1, math.floor(step))
@@ -174,6 +198,62 @@ def align(image: NDArray[np.uint8], rule: PoseConfig, height: int, width: int) -
         fillcolor=fill if len(fill) > 1 else fill[0],
     )
     return np.array(out, dtype=np.uint8).reshape(height, width, image.shape[2]), affine
+
+
+def _locate(image: NDArray[np.uint8], rule: PoseConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The part's centre in pixels of the image, and the unit vector from its thick to its thin end.
+
+    The largest silhouette where it is the part and nothing else; else what fits the outline best, if one place does.
+    """
+    grey, factor = _work(image, "image")
+    contrast = _background(grey) - grey
+    contrast = contrast if rule.dark_part else -contrast
+    part, why = None, PartNotFoundError("pose: nothing has the part's outline")
+    try:
+        part = _find(contrast, rule.min_contrast * 255.0, factor)
+        side = float(min(image.shape[:2]))
+        _within("length", part.length / side, rule.min_length, rule.max_length)
+        _within("area", part.area / side**2, rule.min_area, rule.max_area)
+        if part.touches_border:
+            raise PartNotFoundError("pose: the part is cut off by the frame's edge")
+    except PartNotFoundError as error:
+        part, why = None, error
+    if not rule.profile or max(grey.shape) > _MAX_ASPECT * min(grey.shape):
+        if part is None:
+            raise why
+        return part.centre, part.axis
+    alone = part is not None and part.second_area <= _MAX_SECOND * part.area
+    if part is not None and alone:
+        worth = template.worth(_clipped(contrast, rule), rule, *_pose_of(part, factor))
+        if worth >= rule.trusted_fit:
+            return part.centre, part.axis
+    poses = template.search(template.local_contrast(grey, rule), rule)
+    best, length = poses[0], rule.length * min(grey.shape)
+    if best.worth < rule.min_fit:
+        plain = float(np.mean(np.abs(_border(contrast)) >= rule.min_contrast * 255.0)) <= _MAX_BUSY_BORDER
+        if part is not None and alone and plain:
+            return part.centre, part.axis  # alone before its background: a part, if a badly broken one
+        raise why
+    rivals = [p for p in poses[1:] if p.worth >= max(rule.min_fit, _RIVAL * best.worth) and not template.same(p, best, length)]
+    if rivals:
+        raise PartNotFoundError(
+            f"pose: the part's outline fits in two places or ways: {best.worth:.2f} and {rivals[0].worth:.2f}"
+        )
+    if template.outside(rule, grey.shape, best) > _MAX_OUTSIDE:
+        raise PartNotFoundError("pose: the part is cut off by the frame's edge")
+    centre = np.array([best.x + 0.5, best.y + 0.5]) * factor - 0.5
+    return centre, np.array([math.cos(best.angle), math.sin(best.angle)])
+
+
+def _pose_of(part: _Part, factor: int) -> tuple[float, float, float]:
+    """x, y, angle of a silhouette in pixels of the reduced frame."""
+    x, y = (part.centre + 0.5) / factor - 0.5
+    return float(x), float(y), math.atan2(part.axis[1], part.axis[0])
+
+
+def _clipped(contrast: NDArray[np.float32], rule: PoseConfig) -> NDArray[np.float32]:
+    clipped: NDArray[np.float32] = np.clip(contrast / np.float32(255.0 * rule.min_contrast), 0.0, 1.0)
+    return clipped
 
 
 def warp_back(values: NDArray[np.float32], affine: Affine, shape: tuple[int, int]) -> NDArray[np.float32]:
@@ -331,4 +411,5 @@ def _find(contrast: NDArray[np.float32], threshold: float, factor: int) -> _Part
         end_ratio=max(left, right) / max(1, min(left, right)),
         touches_border=touches,
         second_area=second * factor**2,
+        points=np.stack([axis @ offsets - middle, across]) * factor,
     )

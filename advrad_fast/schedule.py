@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from advrad_fast.checks import finite
 from advrad_fast.config import PREDICTIONS, DiffusionConfig, Prediction
 from advrad_fast.errors import ConfigError, expected
 
@@ -39,7 +40,7 @@ def timestep_for_sigma(config: DiffusionConfig, sigma01: float) -> int:
         ConfigError: the schedule never gets that noisy, or ``sigma01`` is not above 0.
     """
     levels = sigma(config)
-    if not 0.0 < sigma01 <= levels[-1] / 2.0:
+    if not 0.0 < finite("sigma", sigma01) <= levels[-1] / 2.0:
         raise ConfigError(expected("sigma", f"a number in (0, {levels[-1] / 2.0:.4g}] for this schedule", sigma01))
     return max(1, int(np.searchsorted(levels, 2.0 * sigma01, side="left")))
 

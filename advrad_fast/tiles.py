@@ -56,7 +56,9 @@ def weights(length: int, tile: int, overlap: int) -> list[NDArray[np.float32]]:
     return [(own / total[begin : begin + tile]).astype(np.float32) for begin, own in zip(begins, raw, strict=True)]
 
 
-def blend(frame: NDArray[np.uint8], size: tuple[int, int], overlap: int, run: Run) -> NDArray[np.float32]:
+def blend(
+    frame: NDArray[np.uint8], size: tuple[int, int], overlap: int, run: Run, wanted: NDArray[np.bool_] | None = None
+) -> NDArray[np.float32]:
     """The map of a frame, blended from its tiles' maps; at any time one tile and one map of the frame are in memory.
 
     A frame smaller than a tile is mirrored at its edges up to a tile's size, and its map cut back.
@@ -66,6 +68,7 @@ def blend(frame: NDArray[np.uint8], size: tuple[int, int], overlap: int, run: Ru
         size: (h, w) of a tile.
         overlap: at least so many pixels of neighbouring tiles lie over one another.
         run: called for the tiles row by row, with indices that count from 0.
+        wanted: bool (H, W): tiles without a pixel of it are left out, and the map is right only there.
 
     Returns:
         float32 (H, W).
@@ -82,7 +85,8 @@ def blend(frame: NDArray[np.uint8], size: tuple[int, int], overlap: int, run: Ru
     for top, down in rows:
         for left, across in columns:
             at = np.s_[top : top + size[0], left : left + size[1]]
-            blended[at] += run(np.ascontiguousarray(frame[at]), index) * down[:, None] * across
+            if wanted is None or wanted[at].any():
+                blended[at] += run(np.ascontiguousarray(frame[at]), index) * down[:, None] * across
             index += 1
     return blended[:height, :width]
 

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advrad_fast import calibrate
+from advrad_fast.checks import share
 from advrad_fast.config import SPREAD_FLOOR, TilingConfig
 from advrad_fast.detector import Detector
-from advrad_fast.errors import CalibrationError, ConfigError, PartNotFoundError, expected
+from advrad_fast.errors import CalibrationError, ConfigError, ImageError, PartNotFoundError, expected
 from advrad_fast.model import ModelFile
 from advrad_fast.tiles import default_overlap, tile_seed
 
@@ -68,6 +69,10 @@ def fit_tiling(
         raise ConfigError("model: expected one that does not align the part (train with align='off')")
     if model.tiling is not None and model.tiling.frame is not None:
         raise ConfigError("model: expected one whose normal map is a tile's, got one with normal maps by position")
+    for name, frames in (("calibration", calibration), ("normals", normals if normals is not None else ())):
+        if not isinstance(frames, Iterable) or (isinstance(frames, np.ndarray) and frames.ndim == 0):
+            raise ImageError(expected(name, "an iterable of frames", type(frames)))
+    target = model.false_alarm_rate if false_alarm_rate is None else share("false_alarm_rate", false_alarm_rate)
     tiling = TilingConfig(default_overlap(image.height, image.width) if overlap is None else overlap)
     tiled = dataclasses.replace(model, smoothing=(), tiling=tiling)
     if normals is not None:
@@ -75,7 +80,6 @@ def fit_tiling(
     scores = np.sort([_score(d, f, i) for d in (Detector(tiled, backend=backend, **options),) for i, f in enumerate(calibration)])
     if not len(scores):
         raise CalibrationError(expected("calibration", "at least one good frame", 0))
-    target = model.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
     rate = max(target, calibrate.attainable_rate(len(scores)))
     if rate > target:
         _log.warning("%d calibration frames hold a false-alarm rate of %.3g at best, not %.3g", len(scores), rate, target)

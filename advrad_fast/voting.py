@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advrad_fast.certify import Certificate, DecisionTest, RadiusSequence, split_alpha
-from advrad_fast.errors import ConfigError, expected
+from advrad_fast.certify.bounds import check_radius
+from advrad_fast.checks import integer
 from advrad_fast.lattice import check_sigma
 
 #: (first, count) -> float32 (count,): scores of the draws [first, first + count).
@@ -43,9 +44,7 @@ def least_votes(radius: float, sigma: float, alpha: float, *, pixels: int, max_v
     Raises:
         ConfigError: a number is out of range.
     """
-    number = isinstance(radius, int | float | np.integer | np.floating) and not isinstance(radius, bool)
-    if not number or not 0.0 <= radius < np.inf:
-        raise ConfigError(expected("radius", "a finite number >= 0", radius))
+    radius, max_votes = check_radius(radius), check_votes("max_votes", max_votes)
     if radius > 6.0 * check_sigma(sigma):  # 7e9 votes
         return None
     test = DecisionTest(radius, sigma, alpha, pixels=pixels)
@@ -98,6 +97,4 @@ def largest_radius(
 
 def check_votes(name: str, votes: object) -> int:
     """A number of votes as an int in [1, MAX_VOTES], or a ConfigError."""
-    if isinstance(votes, bool) or not isinstance(votes, int | np.integer) or not 1 <= votes <= MAX_VOTES:
-        raise ConfigError(expected(name, f"an integer in [1, {MAX_VOTES}]", votes))
-    return int(votes)
+    return integer(name, votes, 1, MAX_VOTES)

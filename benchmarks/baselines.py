@@ -1,10 +1,10 @@
 """What others do under the attacks that AdvRAD is measured with: an autoencoder, plain and adversarially trained, and a purifier.
 
     python benchmarks/baselines.py screw/ --work runs/ --limit 10 --out benchmarks/results/baselines.jsonl
-    python benchmarks/baselines.py --table benchmarks/results/baselines.jsonl
 
 Each detector is trained on the data's normals, prepared as AdvRAD's are, and kept in the work folder; each row is one detector
-under one budget.  Rows that are there are not computed again.  Runs alone: PyTorch on all cores.
+under one budget.  Rows that are there are not computed again; ``python benchmarks/robustness.py`` makes their table.
+Runs alone: PyTorch on all cores.
 """
 
 from __future__ import annotations
@@ -117,39 +117,20 @@ def run(
     }
 
 
-def table(path: Path) -> None:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    print(
-        "| data | detector | images | clean | "
-        + " | ".join(BUDGETS)
-        + " | attack |\n|---|---|---|---|"
-        + "---|" * (len(BUDGETS) + 1)
-    )
-    for data, name in dict.fromkeys((r["data"], r["detector"]) for r in rows):
-        mine = {r["budget"]: r for r in rows if (r["data"], r["detector"]) == (data, name)}
-        first = next(iter(mine.values()))
-        values = " | ".join(f"{100 * mine[b]['robust_auroc']:.1f}" if b in mine else "-" for b in BUDGETS)
-        images_, clean = f"{first['n_good']} + {first['n_bad']}", f"{100 * first['image_auroc']:.1f}"
-        print(f"| {data} | {name} | {images_} | {clean} | {values} | {first['attack']} |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="*")
     parser.add_argument("--work", type=Path, help="where trained detectors are kept")
     parser.add_argument("--out", type=Path, help="rows")
-    parser.add_argument("--table", type=Path, metavar="ROWS", help="only print the table")
     parser.add_argument("--limit", type=int, help="attack N good and N bad images only")
     parser.add_argument("--steps", type=int, default=900, help="of the autoencoder's training (default 900)")
     parser.add_argument("--diffusion-steps", type=int, default=1000, help="of the purifier's network (default 1000)")
     parser.add_argument("--denoise", type=int, default=1, help="denoising steps of the purifier (default 1)")
     parser.add_argument("--attack-steps", type=int, default=40, help="of PGD (default 40)")
     parser.add_argument("--eot", type=int, default=4, help="draws a gradient is averaged over, where there is noise (default 4)")
+    parser.add_argument("--only", default="", metavar="WORD", help="detectors that have this in their name")
     parser.add_argument("--device", default="cpu", help="PyTorch's (default cpu)")
     options = parser.parse_args()
-    if options.table:
-        table(options.table)
-        return
     if not options.data or not options.work or not options.out:
         parser.error("DATA, --work and --out are needed")
     options.work.mkdir(parents=True, exist_ok=True)
@@ -159,7 +140,7 @@ def main() -> None:
         data = load_dataset(folder)
         for name, make, model in detectors(folder, options):
             for budget in BUDGETS:
-                if (name, data.name, budget) not in done:
+                if options.only in name and (name, data.name, budget) not in done:
                     row = run(name, make().to(options.device), data, model, budget, options)
                     append_line(options.out, json.dumps(row))
                     sys.stderr.write(f"{row}\n")

@@ -52,11 +52,12 @@ def interleaved(v):
         return tl.reshape(tl.join(even, odd), [v[0].shape[0], 8])
 
 
-@triton.jit
+# A seed or first draw of 1 is a number like any other: Triton's own launcher would make it a constant, without a type.
+@triton.jit(do_not_specialize=("seed", "first_draw"))
 def noise_kernel(
-    images, image_ids, out, thresholds, seed, first_draw, draws, frames, items, pixel_scale, offset, noise_scale, half,
-    lattice_scale, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, LATTICE: tl.constexpr, BLOCK: tl.constexpr,
-    DRAWS: tl.constexpr,
+    images, image_ids, out, thresholds, seed: tl.uint64, first_draw: tl.int64, draws, frames, items, pixel_scale, offset,
+    noise_scale, half, lattice_scale, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, LATTICE: tl.constexpr,
+    BLOCK: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
     PIXELS: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
     WORD: tl.constexpr = tl.uint64 if PIXELS == 8 else tl.uint32

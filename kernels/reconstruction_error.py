@@ -66,11 +66,11 @@ def columns_joined(t):
     return tl.reshape(tl.broadcast_to(tl.sum(pairs, 2, keep_dims=True), pairs.shape), t.shape)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("seed", "first_draw"))  # as in noise_kernel
 def errors_kernel(
-    images, image_ids, outputs, errors, scores, thresholds, seed, first_draw, draws, groups, results, height, width, pixel_scale,
-    offset, noise_scale, output_scale, weight_1, weight_2, weight_4, weight_8, half, lattice_scale, CHANNELS: tl.constexpr,
-    NOISE: tl.constexpr, COLUMNS: tl.constexpr,
+    images, image_ids, outputs, errors, scores, thresholds, seed: tl.uint64, first_draw: tl.int64, draws, groups, results, height,
+    width, pixel_scale, offset, noise_scale, output_scale, weight_1, weight_2, weight_4, weight_8, half, lattice_scale,
+    CHANNELS: tl.constexpr, NOISE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     GROUPS: tl.constexpr = COLUMNS // 4
     result = tl.program_id(2).to(tl.int64)

@@ -19,8 +19,12 @@ PATHS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlin
 FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
-def main() -> int:
-    allowed = [os.path.realpath(folder) for folder in sys.argv[1].split(":")]
+def watch(allowed: list[str]) -> list[str]:
+    """From here on to the end of the process: what is done wrong is added to the list that is returned.
+
+    Args:
+        allowed: real paths of what may be written, and below; may be changed.
+    """
     installed = {os.path.realpath(p) for p in (*sysconfig.get_paths().values(), sys.base_prefix, "/usr/lib", "/lib", "/lib64")}
     import advrad_fast
 
@@ -52,12 +56,16 @@ def main() -> int:
 
     sys.dont_write_bytecode = True
     sys.addaudithook(hook)
+    return seen
+
+
+def main() -> int:
+    seen = watch([os.path.realpath(folder) for folder in sys.argv[1].split(":")])
     from advrad_fast.cli import main as command
 
     code = command(sys.argv[2:])
     sys.stdout.flush()
-    found, seen = list(seen), []
-    sys.stderr.write("\n" + json.dumps(found) + "\n")
+    sys.stderr.write("\n" + json.dumps(list(seen)) + "\n")
     return code
 
 

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advrad_fast.calibrate import attainable_rate, conformal_threshold, normals_needed, p_value, training_conditional_bound
+from advrad_fast.calibrate import (
+    attainable_rate,
+    checked_p_value,
+    conformal_threshold,
+    normals_needed,
+    p_value,
+    training_conditional_bound,
+)
 from advrad_fast.errors import CalibrationError, ConfigError
 
 rates = st.one_of(
@@ -152,3 +159,10 @@ def test_bad_count(n: int) -> None:
         attainable_rate(n)
     with pytest.raises(ConfigError, match="n: expected an integer"):
         training_conditional_bound(n, 0.1, 0.1)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40), st.floats(-1e6, 1e6), st.booleans())
+def test_the_quick_p_value_is_the_p_value(calibration: list[float], score: float, tied: bool) -> None:
+    normal = np.sort(np.array(calibration))
+    score = float(normal[0]) if tied else score
+    assert checked_p_value(normal, score) == float(p_value(normal, score))

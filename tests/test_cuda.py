@@ -92,7 +92,7 @@ def difference(got: Scores, wanted: Scores) -> float:
 
 
 # Of :func:`difference`, worst seen over 10 seeds: fp32, over the four parametrisations, 7.9e-7, times 4; fp16 2.0e-4, times 4.
-# On a real GPU, where TensorRT has other kernels: not yet measured.
+# On a real GPU, whose network has other kernels: test_gpu_backend.
 BOUNDS = {"fp32": 3.2e-6, "fp16": 8e-4}
 
 

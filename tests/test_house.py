@@ -23,8 +23,9 @@ KERNELS = ROOT / "kernels"  # installs as advrad_fast.kernels
 
 # From the ground up: a module imports from its own floor or lower ones.  A package stands for all its modules.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "schedule", "philox", "lattice", "files", "untrusted", "dlpack", "spread"),
-    ("images", "gpu_frames", "pose", "model", "smoothing", "certify", "calibrate", "graph", "graph_precision", "tiles"),
+    ("errors", "checks", "config", "schedule", "philox", "lattice", "files", "image_paths", "untrusted", "dlpack", "spread"),
+    ("template",),
+    ("images", "gpu_frames", "pose", "model", "smoothing", "certify", "calibrate", "graph", "graph_precision", "tiles", "roi"),
     ("kernels", "_native", "reference"),
     ("backends",),
     ("detector", "voting", "tiling"),

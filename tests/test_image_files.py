@@ -19,7 +19,8 @@ from pictures import GREY, RGB, RGBA, same, scene
 from PIL import Image, ImageFile
 
 from advrad_fast.errors import ConfigError, ImageDecodeError, ImageError, ImageTooLargeError
-from advrad_fast.images import check_frame, list_images, load_image
+from advrad_fast.image_paths import list_images
+from advrad_fast.images import check_frame, load_image
 
 rng = np.random.default_rng(7)
 

@@ -133,3 +133,12 @@ def test_the_interpreters_mode_is_refused() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert run.returncode and "TRITON_INTERPRET is set" in run.stderr
+
+
+def test_numbers_keep_their_types_in_tritons_own_launcher() -> None:
+    """It makes a constant of an argument that is 1, and takes a small one for 32 bits: a seed would lose its type."""
+    for name, source in aot.SOURCES.items():
+        for parameter in source.function.params:
+            if source.types.get(parameter.name) in ("u64", "i64"):
+                assert parameter.do_not_specialize, (name, parameter.name)
+                assert parameter.annotation_type == source.types[parameter.name], (name, parameter.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -79,6 +80,13 @@ def test_sqlite_rows_go_in_once(results: list[StreamInspection], tmp_path: Path)
     assert rows(tmp_path / "a.db") == [result.row() for result in results]
     with sqlite3.connect(tmp_path / "a.db") as database:
         assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_sqlite_keeps_a_name_that_is_not_utf8(results: list[StreamInspection], tmp_path: Path) -> None:
+    sink = Sqlite(tmp_path / "kept")
+    sink.write(dataclasses.replace(results[0], item="\udce9.png"))
+    sink.close()
+    assert [row["item"] for row in rows(tmp_path / "kept")] == ["\\udce9.png"]
 
 
 def test_sqlite_refuses_what_is_not_its_own(tmp_path: Path) -> None:

@@ -45,8 +45,18 @@ def trainer(
     settings: TrainSettings = SETTINGS,
     data: np.ndarray | None = None,
     unet: UNetConfig = UNET,
+    device: str = "cpu",
 ) -> Trainer:
-    return Trainer(images() if data is None else data, unet, DiffusionConfig(), settings, checkpoint=checkpoint, device="cpu")
+    return Trainer(images() if data is None else data, unet, DiffusionConfig(), settings, checkpoint=checkpoint, device=device)
+
+
+@pytest.mark.gpu
+def test_a_run_stopped_on_a_gpu_goes_on_there(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    trainer(path, device="cuda").run(progress=False, until=3)
+    resumed = trainer(path, device="cuda")
+    resumed.run(progress=False)
+    assert resumed.step == SETTINGS.steps
 
 
 @BOTH

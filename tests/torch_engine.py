@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 from fake_tensorrt import DataType, FakeTensorRT
 
-from advrad_fast.backends import tensorrt_build
+from advrad_fast.backends import tensorrt_build, tensorrt_engine
 from advrad_fast.backends.tensorrt_library import Toolkit
 from advrad_fast.reference.unet import UNet
 
@@ -24,6 +25,9 @@ TYPES = {
     "fp16": (DataType.HALF, "<f2", torch.float16),
     "bf16": (DataType.BF16, "<i2", torch.bfloat16),
 }
+
+
+NETWORKS: dict[str, tuple[Any, ...]] = {}  # by the graph's digest; engines may outlive their detectors in the package's memory
 
 
 class _Memory:
@@ -43,10 +47,10 @@ class TorchEngine:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, as it does for TensorRT here
         patch.setattr(Toolkit, "_loaded", {})
+        patch.setattr(tensorrt_engine, "_unstored", OrderedDict())  # no other test's engines
         patch.setitem(sys.modules, "tensorrt_rtx", None)
         self.trt = FakeTensorRT("tensorrt", "10.3.0").install(patch)
         self.trt.execute = self._enqueue
-        self._networks: dict[str, tuple[Any, ...]] = {}
         patch.setattr(tensorrt_build, "build_typed_graph", self._noted)
         self._build = build_typed_graph
 
@@ -60,11 +64,11 @@ class TorchEngine:
         layout = torch.contiguous_format if dtype is DataType.FLOAT else torch.channels_last
         network = network.to(device="cuda", dtype=torch_dtype).to(memory_format=layout)  # type: ignore[call-overload]
         timestep = torch.full((1,), settings["timestep"], device="cuda")
-        self._networks[hashlib.sha256(model.SerializeToString()).hexdigest()] = (network, typestr, torch_dtype, timestep)
+        NETWORKS[hashlib.sha256(model.SerializeToString()).hexdigest()] = (network, typestr, torch_dtype, timestep)
         return model
 
     def _enqueue(self, model: bytes, shape: tuple[int, ...], addresses: dict[str, int], stream: int) -> None:
-        network, typestr, dtype, timestep = self._networks[hashlib.sha256(model).hexdigest()]
+        network, typestr, dtype, timestep = NETWORKS[hashlib.sha256(model).hexdigest()]
         half = dtype != torch.float32
         with torch.cuda.stream(torch.cuda.ExternalStream(stream)), torch.no_grad(), torch.autocast("cuda", dtype, enabled=half):
             memory = (torch.as_tensor(_Memory(addresses[name], shape, typestr), device="cuda") for name in ("x", "output"))

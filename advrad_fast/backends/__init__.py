@@ -58,7 +58,7 @@ def create(
         ModelFileError: a tensor is missing, unknown, mis-shaped or not float32.
     """
     known = ("auto", *BACKENDS)
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ConfigError(expected("backend", f"one of {list(known)}", name))
     check_precision(precision)
     options = {"precision": precision, "cache_dir": cache_dir, "threads": threads, "kernels_dir": kernels_dir}

@@ -255,9 +255,9 @@ def check_threads(threads: object) -> int | None:
 
 def check_precision(precision: Any, known: tuple[str, ...] = PRECISIONS, whose: str = "") -> Precision:
     """``precision`` as one of ``known``, or a ConfigError; ``whose``: said in it."""
-    if precision not in known:
+    if not isinstance(precision, str) or precision not in known:
         raise ConfigError(expected("precision", f"one of {list(known)}{whose}", precision))
-    return precision  # type: ignore[no-any-return]
+    return precision  # type: ignore[return-value]
 
 
 def milliseconds(start: float, end: float) -> float:

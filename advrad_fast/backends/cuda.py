@@ -34,7 +34,7 @@ from advrad_fast.philox import check_seed
 class CudaBackend(FrameBackend):
     """One engine of batch ``config.diffusion.draws``, and the kernels around it; a lane of its own for every thread.
 
-    Not yet run on a real GPU: in the tests a stand-in for the driver executes the kernels.
+    Run on an H200 with PyTorch in TensorRT's place (``benchmarks/gpu.md``); never yet with TensorRT on a GPU.
 
     Args:
         config: the detector's settings.

@@ -14,7 +14,7 @@ PRECISIONS: tuple[str, ...] = ("auto", *TYPED_PRECISIONS)
 
 def typed_precision(precision: object) -> TypedPrecision:
     """The engine's precision that is asked for, or a ConfigError."""
-    if precision not in PRECISIONS:
+    if not isinstance(precision, str) or precision not in PRECISIONS:
         raise ConfigError(expected("precision", f"one of {list(PRECISIONS)} for the cuda backend", precision))
     return "fp16" if precision == "auto" else precision  # type: ignore[return-value]
 

@@ -15,7 +15,8 @@ import numpy as np
 from advrad_fast.bench import inspection, network, operations, peaks, votes
 from advrad_fast.config import DetectorConfig, UNetConfig
 from advrad_fast.graph import expected_tensors
-from advrad_fast.images import list_images, load_image
+from advrad_fast.image_paths import list_images
+from advrad_fast.images import load_image
 from advrad_fast.model import ModelFile
 from advrad_fast.training.trainer import tune_malloc
 

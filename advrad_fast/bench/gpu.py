@@ -1,7 +1,6 @@
 """``advrad-fast bench --gpu``: ``inspect`` on an NVIDIA GPU against PyTorch on the same GPU, and where its time goes.
 
-Nothing is timed before the ``cuda`` backend, each PyTorch baseline and each kernel have been held against the reference.  Not
-yet run on a GPU: the tests check the logic with stand-ins.
+Nothing is timed before the ``cuda`` backend, each PyTorch baseline and each kernel have been held against the reference.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from advrad_fast.bench.inspection import Frames, drawn_frames, parity
 from advrad_fast.bench.timing import Timing, alternate, machine, row, torch_compiled
 from advrad_fast.detector import Detector
 from advrad_fast.errors import BackendUnavailableError, InferenceError
-from advrad_fast.images import list_images, load_image, prepare
+from advrad_fast.image_paths import list_images
+from advrad_fast.images import load_image, prepare
 from advrad_fast.model import ModelFile
 from advrad_fast.reference import diffusion, score
 from advrad_fast.reference.unet import UNet

@@ -21,8 +21,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from advrad_fast.certify.bounds import check_alpha, check_counts, radius, vote_probability
+from advrad_fast.certify.bounds import check_counts, radius, vote_probability
 from advrad_fast.certify.certificate import Certificate
+from advrad_fast.checks import finite, share
 from advrad_fast.errors import ConfigError, expected
 
 _ODDS = np.geomspace(0.002 / 0.998, 0.97 / 0.03, 12)
@@ -62,7 +63,7 @@ def anytime_lower_bound(successes: ArrayLike, trials: ArrayLike, alpha: float) -
         ConfigError: a number is out of range.
     """
     k, n = check_counts(successes, trials)
-    goal = -math.log(check_alpha(alpha)) + _MARGIN
+    goal = -math.log(share("alpha", alpha)) + _MARGIN
     low, high = np.zeros(k.shape), np.maximum(k / n, 2.0**-52)  # at the mean the fortune is at most 1
     for _ in range(53):
         middle = (low + high) / 2
@@ -124,8 +125,8 @@ class RobustnessTest:
     """
 
     def __init__(self, radius: float, sigma: float, alpha: float = 0.001, *, pixels: int) -> None:
-        self.radius, self.sigma, self.alpha = float(radius), float(sigma), check_alpha(alpha)
         self.vote_probability = vote_probability(radius, sigma, pixels=pixels)
+        self.radius, self.sigma, self.alpha = float(radius), float(sigma), share("alpha", alpha)
         self.claim = Claim.UNDECIDED
         self.votes_used = 0  #: up to the one that settled it
         self.successes = 0  #: among them
@@ -167,12 +168,12 @@ class DecisionTest:
     """
 
     def __init__(self, radius: float, sigma: float, alpha: float = 0.001, *, pixels: int) -> None:
-        self.radius, self.sigma, self.alpha = float(radius), float(sigma), check_alpha(alpha)
         self.vote_probability = p = vote_probability(radius, sigma, pixels=pixels)
+        self.radius, self.sigma, self.alpha = float(radius), float(sigma), share("alpha", alpha)
         n_min = math.ceil(math.log(self.alpha) / math.log(p))  # or more: no fortune is above p**-n
         divergence = math.log(2.0) + p * math.log(p) + (1.0 - p) * math.log1p(-p)
         #: a
-        self.level = self.alpha / (1.0 + math.exp(-n_min * max(divergence, 0.0)))
+        self.level = share("alpha", self.alpha / (1.0 + math.exp(-n_min * max(divergence, 0.0))))  # half of 5e-324 is 0
         self.outcome: str | None = None  #: OK, DEFECT or ABSTAIN once settled
         self.votes_used = 0  #: up to the one that settled it
         self.defects = 0  #: votes for DEFECT among them
@@ -214,7 +215,7 @@ class DecisionTest:
             p_lower=self.vote_probability if certified else bound,
             sigma=self.sigma,
             alpha=self.alpha,
-            threshold=float(threshold),
+            threshold=finite("threshold", threshold),
             method="anytime",
             aligned=aligned,
         )
@@ -231,8 +232,8 @@ class RadiusSequence:
     """
 
     def __init__(self, sigma: float, alpha: float = 0.001, *, pixels: int) -> None:
-        self.sigma, self.alpha, self._pixels = float(sigma), check_alpha(alpha), pixels
         radius(0.5, sigma, pixels=pixels)  # refuses what is out of range now
+        self.sigma, self.alpha, self._pixels = float(sigma), share("alpha", alpha), pixels
         self.p_lower = 0.0  #: the largest bound so far
         self.votes_used = 0
         self.successes = 0

@@ -19,10 +19,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from advrad_fast import lattice
+from advrad_fast.checks import MAX_COUNT, array, finite, floats, integer, share
 from advrad_fast.errors import ConfigError, expected
 
 #: Added to d, for the last digits of SciPy's quantiles: far above the worst error seen in tests/test_certify_bounds.py.
 ROUNDING = 1e-12
+
+MAX_CLAIMS = 2**53  #: that :func:`split_alpha` divides among
 
 
 def lower_bound(successes: ArrayLike, trials: ArrayLike, alpha: float) -> NDArray[np.float64]:
@@ -44,7 +47,7 @@ def lower_bound(successes: ArrayLike, trials: ArrayLike, alpha: float) -> NDArra
     from scipy.special import betaincinv  # on use only: SciPy takes longer to import than the rest of this package
 
     k, n = check_counts(successes, trials)
-    return np.asarray(np.where(k > 0, betaincinv(np.maximum(k, 1), n - np.maximum(k, 1) + 1, check_alpha(alpha)), 0.0))
+    return np.asarray(np.where(k > 0, betaincinv(np.maximum(k, 1), n - np.maximum(k, 1) + 1, share("alpha", alpha)), 0.0))
 
 
 def upper_bound(successes: ArrayLike, trials: ArrayLike, alpha: float) -> NDArray[np.float64]:
@@ -60,9 +63,7 @@ def allowance(sigma: float, pixels: int) -> float:
         sigma: in [0, 1] pixel units.
         pixels: noised values an image, height * width * channels.
     """
-    if isinstance(pixels, bool) or not isinstance(pixels, int | np.integer) or not 1 <= pixels <= 2**40:
-        raise ConfigError(expected("pixels", f"an integer in [1, {2**40}]", pixels))
-    return lattice.distance(sigma, int(pixels)) + ROUNDING
+    return lattice.distance(sigma, pixels) + ROUNDING
 
 
 def radius(p_lower: ArrayLike, sigma: float, *, pixels: int) -> NDArray[np.float64]:
@@ -81,10 +82,10 @@ def radius(p_lower: ArrayLike, sigma: float, *, pixels: int) -> NDArray[np.float
     """
     from scipy.special import ndtri
 
-    p = np.asarray(p_lower, dtype=np.float64)
+    p = floats("p_lower", p_lower)
     if not ((p >= 0.0) & (p <= 1.0)).all():
         raise ConfigError(expected("p_lower", "probabilities", p[~((p >= 0.0) & (p <= 1.0))].flat[0]))
-    d = allowance(sigma, pixels)
+    d, sigma = allowance(sigma, pixels), lattice.check_sigma(sigma)
     return np.asarray(np.maximum(sigma * (ndtri(np.maximum(p - d, 0.5)) - ndtri(0.5 + d)), 0.0))
 
 
@@ -96,10 +97,8 @@ def vote_probability(radius: float, sigma: float, *, pixels: int) -> float:
     """
     from scipy.special import ndtr, ndtri
 
-    number = isinstance(radius, int | float | np.integer | np.floating) and not isinstance(radius, bool)
-    if not number or not 0.0 <= radius < np.inf:
-        raise ConfigError(expected("radius", "a finite number >= 0", radius))
-    d = allowance(sigma, pixels)
+    radius = check_radius(radius)
+    d, sigma = allowance(sigma, pixels), lattice.check_sigma(sigma)
     p = float(ndtr(radius / sigma + ndtri(0.5 + d))) + d
     if p >= 1.0 - d:
         raise ConfigError(expected("radius", f"at most {float(ndtri(1.0 - 3 * d)) * sigma:.3g} at sigma {sigma:g}", radius))
@@ -110,25 +109,37 @@ def split_alpha(alpha: float, claims: int) -> float:
     """The level of each of ``claims`` claims that are to hold together but for a probability ``alpha`` (Bonferroni).
 
     It needs no independence: the claims may share draws, seeds or images.
+
+    Args:
+        alpha: in (0, 1).
+        claims: in [1, MAX_CLAIMS].
+
+    Raises:
+        ConfigError: a number is out of range.
     """
-    if isinstance(claims, bool) or not isinstance(claims, int | np.integer) or claims < 1:
-        raise ConfigError(expected("claims", "an integer >= 1", claims))
-    return check_alpha(alpha) / int(claims)
+    return share("alpha", alpha) / integer("claims", claims, 1, MAX_CLAIMS)
 
 
-def check_alpha(alpha: float) -> float:
-    """``alpha`` as a float in (0, 1), or a ConfigError."""
-    if isinstance(alpha, bool) or not isinstance(alpha, float | np.floating) or not 0.0 < alpha < 1.0:
-        raise ConfigError(expected("alpha", "a number in (0, 1)", alpha))
-    return float(alpha)
+def check_radius(radius: object) -> float:
+    """``radius`` as a finite float >= 0, or a ConfigError."""
+    checked = finite("radius", radius)
+    if checked < 0.0:
+        raise ConfigError(expected("radius", "a finite number >= 0", radius))
+    return checked
 
 
 def check_counts(successes: ArrayLike, trials: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Both as int64 of one shape, 0 <= successes <= trials >= 1, or a ConfigError."""
-    k, n = np.broadcast_arrays(np.asarray(successes), np.asarray(trials))
+    """Both as int64 of one shape, 0 <= successes <= trials, 1 <= trials <= 2**53, or a ConfigError."""
+    try:
+        k, n = np.broadcast_arrays(array("successes", successes), array("trials", trials))
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"successes and trials: expected shapes that broadcast: {error}") from error
     if not (np.issubdtype(k.dtype, np.integer) and np.issubdtype(n.dtype, np.integer)):
         raise ConfigError(expected("successes and trials", "integers", f"{k.dtype} and {n.dtype}"))
-    bad = (k < 0) | (k > n) | (n < 1)
+    bad = (k < 0) | (k > n) | (n < 1) | (n > MAX_COUNT)
     if bad.any():
-        raise ConfigError(expected("successes and trials", "0 <= successes <= trials >= 1", (int(k[bad][0]), int(n[bad][0]))))
+        wanted = f"0 <= successes <= trials, trials in [1, {MAX_COUNT}]"
+        raise ConfigError(expected("successes and trials", wanted, (int(k[bad][0]), int(n[bad][0]))))
     return k.astype(np.int64), n.astype(np.int64)

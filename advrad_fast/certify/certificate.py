@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from advrad_fast.certify.bounds import check_alpha, check_counts, lower_bound, radius, split_alpha, vote_probability
+from advrad_fast.certify.bounds import check_counts, lower_bound, radius, split_alpha, vote_probability
+from advrad_fast.checks import finite, integer, share
 from advrad_fast.errors import ConfigError, expected
 from advrad_fast.lattice import check_sigma
 
@@ -38,10 +39,10 @@ class Certificate:
 
     def __post_init__(self) -> None:
         check_sigma(self.sigma)
-        check_alpha(self.alpha)
-        if self.outcome not in OUTCOMES:
+        share("alpha", self.alpha)
+        if not isinstance(self.outcome, str) or self.outcome not in OUTCOMES:
             raise ConfigError(expected("outcome", f"one of {', '.join(OUTCOMES)}", self.outcome))
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise ConfigError(expected("method", f"one of {', '.join(METHODS)}", self.method))
         if not isinstance(self.aligned, bool):
             raise ConfigError(expected("aligned", "True or False", self.aligned))
@@ -90,6 +91,7 @@ def fixed_certificate(
     Raises:
         ConfigError: a number is out of range.
     """
+    defects, votes = integer("defects", defects), integer("votes", votes)
     check_counts(defects, votes)
     outcome, most = ("DEFECT", defects) if 2 * defects > votes else ("OK", votes - defects)
     p = float(lower_bound(most, votes, split_alpha(alpha, 2)))
@@ -97,16 +99,16 @@ def fixed_certificate(
         certified = float(radius(p, sigma, pixels=pixels))
         holds = certified > 0.0
     else:
-        certified = float(at_radius)
         holds = p >= vote_probability(at_radius, sigma, pixels=pixels)
+        certified = float(at_radius)
     return Certificate(
         outcome=outcome if holds else "ABSTAIN",
         radius=certified if holds else 0.0,
-        votes=int(votes),
+        votes=votes,
         p_lower=p,
         sigma=float(sigma),
         alpha=float(alpha),
-        threshold=float(threshold),
+        threshold=finite("threshold", threshold),
         method="fixed",
         aligned=aligned,
     )

@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from advrad_fast.certify.betting import DecisionTest
-from advrad_fast.certify.bounds import check_alpha, vote_probability
+from advrad_fast.certify.bounds import vote_probability
+from advrad_fast.checks import array, floats, integer, share
 from advrad_fast.errors import ConfigError, InferenceError, expected
 
 
@@ -46,9 +47,7 @@ def certified_rank(draws: int, radius: float, sigma: float, alpha: float = 0.001
     """
     from scipy.special import betainc
 
-    if isinstance(draws, bool) or not isinstance(draws, int | np.integer) or draws < 1:
-        raise ConfigError(expected("draws", "an integer >= 1", draws))
-    n, p, alpha = int(draws), vote_probability(radius, sigma, pixels=pixels), check_alpha(alpha)
+    n, p, alpha = integer("draws", draws, 1), vote_probability(radius, sigma, pixels=pixels), share("alpha", alpha)
     low, high = 0, n + 1  # P[Binomial >= k] falls as k rises
     while high - low > 1:
         k = (low + high) // 2
@@ -77,7 +76,8 @@ def certified_scores(
         ConfigError: a number is out of range or there is no draw.
         InferenceError: a score is not finite: a fault is no vote.
     """
-    return _scores(_sorted(scores), certified_rank(_draws(scores), radius, sigma, alpha, pixels=pixels))
+    ordered = _sorted(scores)
+    return _scores(ordered, certified_rank(ordered.shape[-1], radius, sigma, alpha, pixels=pixels))
 
 
 def least_ok_threshold(scores: ArrayLike, radius: float, *, sigma: float, pixels: int, alpha: float = 0.001) -> float | None:
@@ -138,14 +138,16 @@ def certified_auroc(
         ConfigError: labels or scores have other shapes, a class is missing, or a number is out of range.
         InferenceError: a score is not finite.
     """
-    marks, values = np.asarray(labels), _sorted(scores)
+    marks, values, each = array("labels", labels), _sorted(scores), floats("radii", radii)
+    if each.ndim != 1:
+        raise ConfigError(expected("radii", "(r,)", each.shape))
     if values.ndim != 2 or marks.shape != values.shape[:1]:
         raise ConfigError(expected("labels and scores", "(images,) and (images, draws)", (marks.shape, values.shape)))
     if not np.isin(marks, (0, 1)).all() or (marks == 1).all() or not (marks == 1).any():
         raise ConfigError(expected("labels", "0 (good) and 1 (bad), and images of both", np.unique(marks)[:8].tolist()))
     curve = []
-    for r in radii:
-        lower, upper = _scores(values, certified_rank(values.shape[-1], float(r), sigma, alpha, pixels=pixels))
+    for r in each.tolist():
+        lower, upper = _scores(values, certified_rank(values.shape[-1], r, sigma, alpha, pixels=pixels))
         bad, good = lower[marks == 1], np.sort(upper[marks == 0])
         twice = int(np.searchsorted(good, bad, side="left").sum()) + int(np.searchsorted(good, bad, side="right").sum())
         curve.append(twice / (2 * good.size * bad.size))
@@ -158,16 +160,10 @@ def _scores(values: NDArray[np.float64], rank: int | None) -> tuple[NDArray[np.f
     return values[..., values.shape[-1] - rank], values[..., rank - 1]
 
 
-def _draws(scores: ArrayLike) -> int:
-    shape = np.shape(scores)
-    if not shape or shape[-1] < 1:
-        raise ConfigError(expected("scores", "(..., draws) with at least one draw", shape))
-    return int(shape[-1])
-
-
 def _sorted(scores: ArrayLike) -> NDArray[np.float64]:
-    _draws(scores)
-    values = np.asarray(scores, dtype=np.float64)
+    values = floats("scores", scores)
+    if values.ndim < 1 or values.shape[-1] < 1:
+        raise ConfigError(expected("scores", "(..., draws) with at least one draw", values.shape))
     if not np.isfinite(values).all():
         raise InferenceError(expected("scores", "finite numbers", float(values[~np.isfinite(values)].flat[0])))
     return np.sort(values, axis=-1)

@@ -52,7 +52,7 @@ def _certify(options: argparse.Namespace) -> int:
     if options.sigma is not None and len(options.sigma) > 1:
         raise ConfigError(expected("--sigma", "one sigma, without --fit", options.sigma))
     from advrad_fast.batch import certify_files
-    from advrad_fast.images import list_images
+    from advrad_fast.image_paths import list_images
 
     paths = list_images(options.images)
     setup = detector_maker(options)

@@ -35,6 +35,14 @@ def model_options(parser: argparse.ArgumentParser, *, seed: int | None = 0, seed
     parser.add_argument("--seed", type=int, default=seed, help=seed_help)
 
 
+def roi_options(parser: argparse.ArgumentParser) -> None:
+    """The region of interest."""
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--roi", type=Path, metavar="IMAGE", help="look only where this image, of the frames' size, is white")
+    text = "the same on the aligned part: an image of the network's input size; the region moves with the part"
+    either.add_argument("--roi-on-part", type=Path, metavar="IMAGE", help=text)
+
+
 def ray_option(parser: argparse.ArgumentParser) -> None:
     """``--ray``."""
     text = "spread the work over a Ray cluster: auto, HOST:PORT, or local; --threads, of each worker, is 1 unless given"
@@ -62,8 +70,13 @@ def detector_maker(options: argparse.Namespace) -> Callable[[], Any]:
     from advrad_fast.detector import Detector
     from advrad_fast.model import ModelFile
 
-    model = ModelFile.load(options.model)
-    return partial(Detector, model, backend=options.backend, seed=options.seed, **engine_options(options))
+    model, region = ModelFile.load(options.model), {}
+    for name, on in (("roi", "frame"), ("roi_on_part", "part")):
+        if getattr(options, name, None) is not None:
+            from advrad_fast.roi import Roi
+
+            region = {"roi": Roi.load(getattr(options, name), on)}  # type: ignore[arg-type]
+    return partial(Detector, model, backend=options.backend, seed=options.seed, **region, **engine_options(options))
 
 
 def data_options(parser: argparse.ArgumentParser, text: str) -> None:
@@ -113,7 +126,8 @@ def output(target: str | None) -> Iterator[TextIO | None]:
         yield stdout()
         stdout().flush()
     else:
-        with Path(target).open("w", encoding="utf-8", newline="") as file:
+        # A file name that is not UTF-8 is written as the bytes that it is.
+        with Path(target).open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             yield file
 
 

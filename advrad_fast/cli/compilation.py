@@ -66,7 +66,8 @@ def _normals(options: argparse.Namespace, precision: str) -> tuple[Any, Any]:
     """The model, and calibration frames as it sees them: uint8 (N, H, W, C)."""
     import numpy as np
 
-    from advrad_fast.images import list_images, load_image, prepare, prepare_whole
+    from advrad_fast.image_paths import list_images
+    from advrad_fast.images import load_image, prepare, prepare_whole
     from advrad_fast.model import ModelFile
     from advrad_fast.tiles import cut
 

@@ -18,6 +18,7 @@ from advrad_fast.cli.common import (
     model_options,
     output,
     ray_option,
+    roi_options,
     say,
     stdout,
 )
@@ -28,6 +29,7 @@ def add(command: Adder) -> None:
     """Add the command."""
     parser = command("evaluate", _evaluate, "Measure a detector on a labelled test set.")
     model_options(parser)
+    roi_options(parser)
     data_options(parser, "the dataset's folder")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
     parser.add_argument("--certified", action="store_true", help="also the certified AUROC; takes --votes draws of every image")
@@ -54,6 +56,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     given = [name for name in ("sigma", "radii", "scores", "plot") if getattr(options, name) is not None]
     if given and not options.certified:
         raise ConfigError(expected(f"--{given[0]}", "--certified with it", "none"))
+    if (options.roi or options.roi_on_part) and (options.robust or options.certified):
+        raise ConfigError("--roi: expected neither --robust nor --certified with it: both are of whole images")
     if options.plot is not None and options.plot.suffix != ".svg":
         raise ConfigError(expected("--plot", "a file name that ends in .svg", str(options.plot)))
     if options.report is not None:
@@ -109,7 +113,7 @@ def _certified(options: argparse.Namespace, detector: Any, setup: Any, dataset: 
     figures = certified.figures(found, options.radii or certified.RADII, options.alpha)
     if options.plot is not None:
         title = f"{dataset.name}, sigma {found.sigma:g}, {options.votes} draws, alpha {options.alpha:g} an image"
-        options.plot.write_text(certified.curve_svg(*found.curve(options.alpha), title), encoding="utf-8")
+        options.plot.write_text(certified.curve_svg(*found.curve(options.alpha), title), encoding="utf-8", errors="replace")
         say(f"wrote {options.plot}")
     head = f"  certified AUROC, sigma {found.sigma:g}, {options.votes} draws, alpha {options.alpha:g} an image\n"
     rows = [f"    radius {radius:8s} {100 * value:.2f}\n" for radius, value in figures["certified_auroc"].items()]

@@ -10,7 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from advrad_fast.cli.common import FAILED, FOUND, OK, Adder, detector_maker, model_options, output, ray_option, say, stdout
+from advrad_fast.cli.common import (
+    FAILED,
+    FOUND,
+    OK,
+    Adder,
+    detector_maker,
+    model_options,
+    output,
+    ray_option,
+    roi_options,
+    say,
+    stdout,
+)
 from advrad_fast.errors import ConfigError
 
 
@@ -18,6 +30,7 @@ def add(command: Adder) -> None:
     """Add the command."""
     parser = command("inspect", _inspect, "Inspect images: exit code 0 if all are OK, 1 if one is not, 2 on an error.")
     model_options(parser)
+    roi_options(parser)
     parser.add_argument("images", nargs="+", help="files, folders (searched recursively) and patterns")
     parser.add_argument("--json", metavar="FILE", help="write JSON lines; - for standard output")
     parser.add_argument("--csv", metavar="FILE", help="write CSV; - for standard output")
@@ -30,7 +43,7 @@ def add(command: Adder) -> None:
 def _inspect(options: argparse.Namespace) -> int:
     from advrad_fast.batch import ROW_KEYS, inspect_files, row
     from advrad_fast.detector import Outcome
-    from advrad_fast.images import list_images
+    from advrad_fast.image_paths import list_images
 
     if options.json == options.csv == "-":
         raise ConfigError("--json and --csv can't both be - : standard output is for one of them")

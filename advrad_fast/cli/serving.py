@@ -7,13 +7,14 @@ import os
 import signal
 import threading
 
-from advrad_fast.cli.common import OK, Adder, detector_maker, model_options, say
+from advrad_fast.cli.common import OK, Adder, detector_maker, model_options, roi_options, say
 
 
 def add(command: Adder) -> None:
     """Add the command."""
     parser = command("serve", _serve, "Inspect images that are posted over HTTP, on Ray Serve, until Ctrl-C or SIGTERM.")
     model_options(parser)
+    roi_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="beyond this machine ADVRAD_TOKEN must be set (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="(default 8000)")
     parser.add_argument("--replicas", type=int, default=1, help="processes with a detector each (default 1)")

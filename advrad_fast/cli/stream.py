@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from advrad_fast.cli.common import FAILED, FOUND, OK, Adder, load_detector, model_options, say
+from advrad_fast.cli.common import FAILED, FOUND, OK, Adder, load_detector, model_options, roi_options, say
 from advrad_fast.errors import ConfigError, expected
 
 
@@ -30,6 +30,7 @@ def add(command: Adder) -> None:
 def stream_options(parser: argparse.ArgumentParser) -> None:
     """What is inspected, with what, and where the results go."""
     model_options(parser)
+    roi_options(parser)
     source_options(parser)
     parser.add_argument("--jsonl", type=Path, metavar="FILE", help="append results as JSON lines; - for standard output")
     parser.add_argument("--sqlite", type=Path, metavar="FILE", help="store results in an SQLite database")

@@ -15,13 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advrad_fast import certify
+from advrad_fast.checks import floats
 from advrad_fast.detector import Detector
-from advrad_fast.errors import ConfigError, InferenceError, PartNotFoundError, expected
+from advrad_fast.errors import ConfigError, DatasetError, InferenceError, PartNotFoundError, expected
 from advrad_fast.evaluation.datasets import Dataset
 from advrad_fast.evaluation.evaluate import check_backend, labels_of, sample_name, worker_setup
 from advrad_fast.evaluation.rows import append_line
 from advrad_fast.images import load_image
 from advrad_fast.spread import map_tasks
+from advrad_fast.untrusted import clip
 
 RADII = (0.05, 0.1, 0.2, 0.5)
 _CURVE = 61  # radii of the curve
@@ -146,14 +148,17 @@ def _draw(detector: Detector, task: _Draws) -> tuple[NDArray[np.float32] | None,
 
 
 def _seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogateescape")).digest()[:8], "little")
 
 
 def _kept(file: Path, header: dict[str, Any], draws: int) -> dict[str, NDArray[np.float32] | None]:
     """What the file holds, but for a line cut short by an interruption.  A new file gets the header."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # and the next line that is appended takes its place
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
+    except UnicodeError as error:
+        raise ConfigError(f"{file}: not a file of draws: {clip(str(error))}") from error
+    if lines:
+        lines.pop()  # nothing, or a line cut short: the next line that is appended takes its place
     if not lines:
         append_line(file, json.dumps(header))
         return {}
@@ -162,14 +167,18 @@ def _kept(file: Path, header: dict[str, Any], draws: int) -> dict[str, NDArray[n
         first, *rows = map(json.loads, lines)
         if first != header:
             raise ConfigError(expected(f"{file}: draws", f"those of {header}", first))
-        for row in rows:
-            kept[row["image"]] = None if row["scores"] is None else np.array(row["scores"], dtype=np.float32)
-    except (ValueError, TypeError, KeyError) as error:
+        for line in rows:
+            scores = None if line["scores"] is None else floats("scores", line["scores"], DatasetError)
+            with np.errstate(over="ignore"):
+                kept[line["image"]] = None if scores is None else scores.astype(np.float32)
+            if not isinstance(line["image"], str):
+                raise DatasetError(expected("image", "a name", line["image"]))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{file}: not a file of draws: {error}") from error
-    for name, scores in kept.items():
-        if scores is not None and (scores.shape != (draws,) or not np.isfinite(scores).all()):
+        raise ConfigError(f"{file}: not a file of draws: {clip(str(error))}") from error
+    for name, row in kept.items():
+        if row is not None and (row.shape != (draws,) or not np.isfinite(row).all()):
             raise InferenceError(f"{file}: {name}: expected {draws} finite scores")
     return kept
 

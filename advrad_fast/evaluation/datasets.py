@@ -25,7 +25,7 @@ among the good parts is learnt as good, silently.
 - ``folder``: good parts, for training only: the images directly inside the folder, or inside its subfolder ``good``.
   Subfolders with images beside them make the folder ambiguous, and it is refused.
 
-Images are the files whose suffix is in :data:`advrad_fast.images.IMAGE_SUFFIXES`; names that begin with a dot are skipped.
+Images are the files whose suffix is in :data:`advrad_fast.image_paths.IMAGE_SUFFIXES`; names that begin with a dot are skipped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advrad_fast.errors import DatasetError, expected
-from advrad_fast.images import IMAGE_SUFFIXES
+from advrad_fast.image_paths import IMAGE_SUFFIXES
 
 Layout = Literal["auto", "mvtec", "btad", "visa", "folder"]
 LAYOUTS: tuple[Layout, ...] = ("auto", "mvtec", "btad", "visa", "folder")
@@ -104,8 +104,12 @@ def load_dataset(root: str | os.PathLike[str], layout: Layout = "auto", category
         DatasetError: ``root`` is not a folder, cannot be read, holds no images, or does not have that layout; or ``layout`` or
             ``category`` is not one there is.
     """
-    if layout not in LAYOUTS:
+    if not isinstance(root, str | os.PathLike):
+        raise DatasetError(expected("root", "a path", root))
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise DatasetError(expected("layout", f"one of {', '.join(LAYOUTS)}", layout))
+    if not isinstance(category, str | None):
+        raise DatasetError(expected("category", "a name or None", category))
     if category is not None and layout in ("auto", "folder"):
         raise DatasetError(expected("category", f"none with layout {layout}", category))
     try:
@@ -118,7 +122,7 @@ def load_dataset(root: str | os.PathLike[str], layout: Layout = "auto", category
         if layout == "auto" and any((folder / name).is_dir() for name in _RESERVED):
             return _mvtec(folder)
         return Dataset(folder.resolve().name, _plain(folder), [])
-    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+    except (OSError, TypeError, ValueError) as error:  # a path with a null character, or of bytes
         if isinstance(error, DatasetError):
             raise
         raise DatasetError(f"{root}: cannot be read: {error}") from error
@@ -136,21 +140,26 @@ def load_mask(path: str | os.PathLike[str], shape: tuple[int, int]) -> NDArray[n
     """
     from PIL import Image
 
+    if not isinstance(path, str | os.PathLike):
+        raise DatasetError(expected("path", "a path", path))
     try:
+        name = os.fspath(path)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_MASK_FORMATS) as image:
+            with Image.open(name, formats=_MASK_FORMATS) as image:
                 size = (image.height, image.width)
                 if size != tuple(shape):
-                    raise DatasetError(expected(f"{os.fspath(path)}: mask size (H, W)", f"the image's {tuple(shape)}", size))
+                    raise DatasetError(expected(f"{name}: mask size (H, W)", f"the image's {tuple(shape)}", size))
                 if image.mode in ("P", "PA", "LA", "RGBA", "CMYK"):  # the palette's colours, and no alpha
                     pixels = np.asarray(image.convert("RGB"))
                 else:
                     pixels = np.asarray(image)
     except DatasetError:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DatasetError(f"{os.fspath(path)}: not a readable mask: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on hostile bytes
+        raise DatasetError(f"{path}: not a readable mask: {error}") from error
     defect = pixels != 0
     return np.asarray(defect.any(axis=2) if defect.ndim == 3 else defect)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from advrad_fast.checks import array, finite, floats, share
 from advrad_fast.errors import ConfigError, DatasetError, expected
 
 Masks = Sequence[NDArray[np.bool_]] | NDArray[np.bool_]
@@ -56,8 +57,7 @@ def auroc_interval(labels: ArrayLike, scores: ArrayLike, level: float = 0.95) ->
     """
     from scipy.special import expit, logit, ndtri
 
-    if not 0.0 < level < 1.0:
-        raise ConfigError(expected("level", "a number in (0, 1)", level))
+    level = share("level", level)
     good, bad = _split(labels, scores)
     if min(good.size, bad.size) < 2:
         raise DatasetError(expected("labels", "at least 2 images of each class", (good.size, bad.size)))
@@ -141,6 +141,7 @@ def aupro(masks: Masks, maps: Maps, limit: float = 0.3) -> float:
     """
     from scipy.ndimage import label
 
+    limit = finite("limit", limit)
     if not 0.0 < limit <= 1.0:
         raise ConfigError(expected("limit", "a number in (0, 1]", limit))
     pairs = _pairs(masks, maps)
@@ -161,7 +162,7 @@ def aupro(masks: Masks, maps: Maps, limit: float = 0.3) -> float:
 
     # The false positive rate moves at distinct values of good pixels only, so those are all the trapezoids there are.
     good.sort()
-    crossing = good[good.size - math.ceil(limit * good.size)]  # here the rate gets to the limit
+    crossing = good[good.size - max(1, math.ceil(limit * good.size))]  # here the rate gets to the limit
     top = good[np.searchsorted(good, crossing, side="left") :]
     first = np.flatnonzero(np.concatenate([[True], top[1:] != top[:-1]]))
     fpr_above = (top.size - np.append(first[1:], top.size)) / good.size  # above each distinct value ...
@@ -192,7 +193,7 @@ def _above(sorted_scores: NDArray[np.float64], thresholds: NDArray[np.float64]) 
 
 def _split(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The scores of the good and of the bad, each sorted."""
-    marks, values = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    marks, values = array("labels", labels, DatasetError), floats("scores", scores, DatasetError)
     if marks.ndim != 1 or marks.shape != values.shape:
         raise DatasetError(expected("labels and scores", "(n,) both", (marks.shape, values.shape)))
     if not np.isin(marks, (0, 1)).all():
@@ -206,11 +207,14 @@ def _split(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.float64], N
 
 
 def _pairs(masks: Masks, maps: Maps) -> list[tuple[NDArray[np.bool_], NDArray[np.floating]]]:
+    for name, given in (("masks", masks), ("maps", maps)):
+        if not isinstance(given, Sequence | np.ndarray) or getattr(given, "ndim", 1) == 0 or isinstance(given, str | bytes):
+            raise DatasetError(expected(name, "a sequence of arrays", type(given)))
     if len(masks) != len(maps) or len(masks) == 0:
         raise DatasetError(expected("masks and maps", "as many of one as of the other, at least 1", (len(masks), len(maps))))
     pairs = []
     for i, (mask, values) in enumerate(zip(masks, maps, strict=True)):
-        mask, values = np.asarray(mask), np.asarray(values)
+        mask, values = array(f"masks[{i}]", mask, DatasetError), array(f"maps[{i}]", values, DatasetError)
         if mask.dtype != np.bool_ or mask.ndim != 2:
             raise DatasetError(expected(f"masks[{i}]", "bool (H, W)", f"{mask.dtype} {mask.shape}"))
         if not np.issubdtype(values.dtype, np.floating) or values.shape != mask.shape:

@@ -14,6 +14,8 @@ import json
 import math
 import os
 import re
+import types
+import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,7 @@ import numpy as np
 
 from advrad_fast.errors import ConfigError, DatasetError, expected
 from advrad_fast.evaluation import metrics
+from advrad_fast.untrusted import clip
 
 Norm = Literal["linf", "l2"]
 CLEAN = "clean"  #: the attack's name in the row of an image as it is
@@ -54,10 +57,14 @@ class Budget:
             ConfigError: the text is not a norm, a space and a number or fraction.
         """
         found = _BUDGET.fullmatch(text.strip()) if isinstance(text, str) else None
-        if found is None or (found[3] is not None and float(found[3]) == 0.0):
+        size = math.inf
+        if found is not None:
+            over = float(found[3] or 1)
+            size = float(found[2]) / over if over else math.inf
+        if found is None or not math.isfinite(size):
             raise ConfigError(expected("budget", "'linf SIZE' or 'l2 SIZE', SIZE a number or fraction in [0, 1] units", text))
         norm: Norm = "linf" if found[1] == "linf" else "l2"
-        return cls(norm, float(found[2]) / float(found[3] or 1), found[0])
+        return cls(norm, size, found[0])
 
 
 @dataclass(frozen=True)
@@ -185,19 +192,39 @@ def _read(path: str | os.PathLike[str], kind: type[_T]) -> list[_T]:
     file = Path(path)
     if not file.exists():
         return []
-    text = file.read_text(encoding="utf-8")
-    lines = text.split("\n")
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeError) as error:
+        raise DatasetError(f"{file}: cannot be read: {error}") from error
+    hints = typing.get_type_hints(kind)
     rows: list[_T] = []
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            rows.append(kind(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+            made = kind(**json.loads(line))
+            if wrong := [name for name, hint in hints.items() if not _fits(getattr(made, name), hint)]:
+                raise ValueError(f"of the wrong type or not finite: {', '.join(wrong)}")
+            rows.append(made)
+        except (ValueError, TypeError, RecursionError) as error:
             if number == len(lines):  # no newline after it: half a line
                 break
-            raise DatasetError(f"{file}:{number}: not a line of results: {error}") from error
+            raise DatasetError(f"{file}:{number}: not a line of results: {clip(str(error))}") from error
     return rows
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a JSON value is of a field's type; integers pass for floats, and numbers are finite and of 64 bits."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return any(_fits(value, each) for each in args)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(each, args[1]) for each in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(_fits(each, args[0]) for each in value)
+    if hint is float and type(value) in (int, float):
+        return abs(value) <= 1e300  # type: ignore[arg-type]
+    return hint is Any or (type(value) is hint and (hint is not int or abs(value) < 2**63))  # type: ignore[arg-type]
 
 
 def append_row(path: str | os.PathLike[str], row: AttackRow) -> None:
@@ -278,7 +305,7 @@ def robust_figures(rows: Sequence[AttackRow]) -> dict[str, Any]:
             groups.setdefault(row.attack if row.surface == "prepared" else f"{row.attack} {row.surface}", []).append(row)
         for name, group in groups.items():
             if {row.image for row in group} != set(plain):
-                raise DatasetError(f"{budget}, {name}: {len(group)} of {len(plain)} images have been attacked so far")
+                raise DatasetError(f"{clip(budget)}, {clip(name)}: {len(group)} of {len(plain)} images have been attacked so far")
             figures["by_attack"].setdefault(name, {})[budget] = auroc_of(worst(group))
         scores = worst([*clean, *attacked])
         figures["robust_auroc"][budget] = auroc_of(scores)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from advrad_fast.errors import ConfigError, ImageError, SourceError, expected
-from advrad_fast.images import IMAGE_SUFFIXES, load_image
+from advrad_fast.image_paths import IMAGE_SUFFIXES
+from advrad_fast.images import load_image
 from advrad_fast.line.frames import IDLE, Frame
 
 _BREATH = 0.02  # seconds: the longest without a sign of life while nothing happens
@@ -31,7 +32,7 @@ class WatchedFolder:
     The folder is looked through again and again, which works on every file system, network shares included, and takes a tenth
     of a processor at most.  A file is complete when its size and time of change have stood still for ``settle_ms``.  One that
     is not an image after all is an ERROR.  A file that is written anew under the same name is taken again.  Hidden
-    files and those without a suffix of ``advrad_fast.images.IMAGE_SUFFIXES`` are left alone: the safest way to hand a file
+    files and those without a suffix of ``advrad_fast.image_paths.IMAGE_SUFFIXES`` are left alone: the safest way to hand a file
     over is to write it under such a name and then to rename it; with that, ``settle_ms=0`` takes files at once.
 
     Files come in the order in which they were seen; those seen at the same time by their time of change, then by name.

@@ -163,7 +163,7 @@ def generator(*parts: object) -> torch.Generator:
 
 def seed_from(*parts: object) -> int:
     """64 bits of SHA-256 over the parts' text."""
-    return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode("utf-8", "surrogateescape")).digest()[:8], "little")
 
 
 def _tensor(array: NDArray[np.float32]) -> Tensor:

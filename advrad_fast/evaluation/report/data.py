@@ -19,6 +19,7 @@ from advrad_fast.errors import ConfigError, ReportError
 from advrad_fast.evaluation import metrics
 from advrad_fast.evaluation.rows import Budget
 from advrad_fast.files import write_atomically
+from advrad_fast.untrusted import clip
 
 SCHEMA = 1  #: of the JSON files
 SUFFIX = ".report.json"
@@ -198,7 +199,9 @@ def _read(path: Path) -> Category:
         _check(category)
         return category
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ReportError(f"{path}: not a category's data; delete it, or evaluate that category again: {error}") from error
+        raise ReportError(
+            f"{path}: not a category's data; delete it, or evaluate that category again: {clip(str(error))}"
+        ) from error
 
 
 def _check(category: Category) -> None:

@@ -7,7 +7,7 @@ import sqlite3
 import threading
 
 from advrad_fast.errors import SinkError
-from advrad_fast.line.results import ROW_KEYS, StreamInspection
+from advrad_fast.line.results import ROW_KEYS, StreamInspection, Value
 
 VERSION = 1  #: of the table, in the database's user_version
 
@@ -52,7 +52,7 @@ class Sqlite:
         """Insert the row and commit it; a row that is there already is left as it is."""
         with self._lock:
             try:
-                self._database.execute(_INSERT, tuple(result.row().values()))
+                self._database.execute(_INSERT, tuple(map(_storable, result.row().values())))
             except sqlite3.Error as error:
                 raise SinkError(f"{self.name}: {error}") from error
 
@@ -80,3 +80,8 @@ class Sqlite:
             database.execute("ROLLBACK")
             raise
         database.execute("COMMIT")
+
+
+def _storable(value: Value) -> Value:
+    """Text that SQLite takes: the bytes of a file name that is not UTF-8 become escapes, as JSON has them."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
