@@ -179,6 +179,23 @@ def post(url: str, data: Any, **headers: str) -> tuple[int, dict[str, Any]]:
             return error.code, json.load(error)
 
 
+# Ray Serve declares its settings in a way that newer versions of Pydantic warn of.
+pydantic_warns = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+
+@pytest.mark.slow
+@pydantic_warns
+def test_a_port_of_the_cluster_that_is_taken(cluster: str) -> None:
+    """Not seen from here beforehand, as the cluster may be another machine."""
+    setup = partial(Detector, small_model(), backend="cpu", threads=1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        settings = ServingSettings(port=taken.getsockname()[1])
+        with pytest.raises(SpreadError, match="can't be served at"), running(setup, settings, ray="auto"):
+            pass
+
+
 @pytest.fixture(scope="module")
 def url(cluster: str) -> Iterator[str]:
     pytest.importorskip("starlette")
@@ -186,9 +203,6 @@ def url(cluster: str) -> Iterator[str]:
     setup = partial(Detector, small_model(), backend="cpu", threads=1)
     with running(setup, settings, ray=cluster) as address:
         yield address
-
-
-pydantic_warns = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
 
 @pydantic_warns

@@ -158,8 +158,12 @@ def running(setup: Callable[[], Detector], settings: ServingSettings | None = No
         if serve.status().proxies:
             raise SpreadError("Serve runs on this cluster already; deploy advrad_fast.serving.application() there with serve.run")
         try:
-            serve.start(proxy_location="HeadOnly", http_options={"host": made.host, "port": made.port})
-            serve.run(application(setup, made), name=NAME, route_prefix="/")
+            try:
+                serve.start(proxy_location="HeadOnly", http_options={"host": made.host, "port": made.port})
+                serve.run(application(setup, made), name=NAME, route_prefix="/")
+            except Exception as error:  # Ray's own, with the cause inside
+                why = getattr(error, "cause", error)
+                raise SpreadError(f"{made.host}:{made.port} can't be served at: {why}") from error
             yield f"http://[{made.host}]:{made.port}" if ":" in made.host else f"http://{made.host}:{made.port}"
         finally:
             serve.shutdown()
