@@ -156,6 +156,20 @@ def test_a_fault_of_the_engine(name: str, maps: bool) -> None:
     assert detector.inspect(BAD, maps=maps).outcome is Outcome.DEFECT  # the faulty request is not used again
 
 
+@pytest.mark.parametrize("words", ["could not create a primitive", "can't allocate memory\nat frame 1", ""])
+def test_a_fault_of_pytorch(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch says everything with RuntimeError, memory that ran out too."""
+
+    def forward(*_: object) -> None:
+        raise RuntimeError(words)
+
+    detector = make("reference")
+    monkeypatch.setattr("advrad_fast.reference.unet.UNet.forward", forward)
+    with pytest.raises(InferenceError, match="PyTorch failed: " + words.partition("\n")[0]) as info:
+        detector.inspect(BAD)
+    assert "\n" not in str(info.value)
+
+
 BACKEND_FAULTS: dict[str, Callable[[base.Scores], base.Scores]] = {
     "NaN": lambda r: base.Scores(r.scores * np.float32(np.nan), r.maps, r.timings),
     "no score": lambda r: base.Scores(r.scores[:0], r.maps, r.timings),

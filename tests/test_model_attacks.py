@@ -135,10 +135,11 @@ WIDE = {"base_channels": 4096, "channel_mult": [1], "norm_groups": 32, "num_res_
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_nested(schema=4), "schema: expected 1 to 3 .*later.* got 4"),
+        (_nested(schema=5), "schema: expected 1 to 4 .*later.* got 5"),
         (_nested(schema=0), "schema"),
         (_nested(schema=1), "advrad_fast: missing .*unknown .*'smoothing', 'tiling'"),
         (_nested(schema=2), "advrad_fast: missing .*unknown .*'tiling'"),
+        (_nested(schema=3), "advrad_fast: missing .*unknown .*'self_test'"),
         (_nested(schema=True), "schema"),
         (_nested(more=1), "advrad_fast: missing .*unknown .*'more'"),
         (lambda document: document.pop("threshold"), r"advrad_fast: missing \['threshold'\]"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -23,9 +24,21 @@ from advrad_fast.backends.base import (
     now,
 )
 from advrad_fast.config import DetectorConfig
+from advrad_fast.errors import InferenceError
 from advrad_fast.graph import check_weights
 from advrad_fast.reference import diffusion, score, smoothing
 from advrad_fast.reference.unet import UNet
+
+
+@contextmanager
+def _typed_errors() -> Iterator[None]:
+    """PyTorch says everything with RuntimeError, memory that ran out too."""
+    try:
+        yield
+    except InferenceError:
+        raise
+    except RuntimeError as error:
+        raise InferenceError("PyTorch failed: " + str(error).partition("\n")[0]) from error
 
 
 class ReferenceBackend(FrameBackend):
@@ -70,6 +83,7 @@ class ReferenceBackend(FrameBackend):
         """See :meth:`advrad_fast.backends.base.Backend.votes`."""
         return ReferenceVotes(config, weights, mu, inverse_spread, sigma=sigma)
 
+    @_typed_errors()
     @torch.inference_mode()
     def _frame(self, image: NDArray[np.uint8], seed: int, maps: NDArray[np.float32] | None) -> Frame:
         config, c = self._config, self._coefficients
@@ -122,6 +136,7 @@ class ReferenceVotes:
         self._mu, self._inverse_spread = _tensor(mu), _tensor(inverse_spread)
         self._coefficients = diffusion.coefficients_at(self.config)
 
+    @_typed_errors()
     @torch.inference_mode()
     def scores(self, image: NDArray[np.uint8], *, seed: int, draws: int, first_draw: int = 0) -> Array:
         """See :meth:`advrad_fast.backends.base.Votes.scores`."""
