@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,41 @@ import numpy as np
 import pytest
 from gpu_emulation.fixtures import cuda, driver, fake_library, make_driver  # noqa: F401  # fixtures, for every test
 from real_gpu import compiled, real_engine  # noqa: F401
+from sanitized import Beside
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=100, database=None)
 hypothesis.settings.load_profile("repeatable")
+
+BESIDE = pytest.StashKey[Beside]()
+
+
+@pytest.hookimpl(tryfirst=True)  # before the choice by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Triton's interpreter takes seconds a case, the PTX ones a tenth: of its cases of a test every fourth is not ``slow``."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and callspec.params.get("way") == "interpreter":
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % 4:
+                item.add_marker("slow")
+            seen[test] += 1
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What takes minutes in a process of its own begins first, and runs beside the other tests."""
+    if not session.config.option.collectonly and any(item.path.name == "test_sanitizers.py" for item in session.items):
+        session.config.stash[BESIDE] = Beside()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if BESIDE in config.stash:
+        config.stash[BESIDE].end()
+
+
+@pytest.fixture
+def under_sanitizers(pytestconfig: pytest.Config) -> Beside:
+    return pytestconfig.stash[BESIDE]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -167,6 +167,26 @@ def test_threads_share_a_backend(make: Any) -> None:
             assert all(same(wanted, result) for result in results)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="an affinity of threads is Linux's")
+def test_the_callers_thread_is_pinned_to_no_core() -> None:
+    """Every process's would be pinned to the same one."""
+    backend, images, caller, done = cpu(), frames(), threading.get_native_id(), threading.Event()
+    before = os.sched_getaffinity(caller)
+    seen: set[frozenset[int]] = set()
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.add(frozenset(os.sched_getaffinity(caller)))
+
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch)
+        for seed in range(20):
+            backend.score(images, seed=seed, want_maps=False)
+        done.set()
+        watching.result()
+    assert seen == {frozenset(before)}
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_repeats_bit_for_bit(threads: int) -> None:
     images = frames()
