@@ -199,9 +199,12 @@ class Detector:
         on_gpu = gpu_frames.find(frame)
         prepare, prepared, counted, roi = 0.0, None, None, self._roi
         wanted = maps or roi is not None
+        image = self._model.config.image
+        size = (image.height, image.width)
         result = None
-        if on_gpu is not None and roi is None:
-            result = self._backend.score_in_place(on_gpu, seed=seed, want_maps=maps)
+        if on_gpu is not None and (roi is None or roi.mask.shape == size):
+            result = self._backend.score_in_place(on_gpu, seed=seed, want_maps=wanted)
+            counted = None if roi is None else roi.mask  # what is read in place is neither resized nor aligned
         if result is None:
             try:
                 prepared = self._prepared(frame, on_gpu)
@@ -210,8 +213,7 @@ class Detector:
                 return self._failed(Outcome.ABSTAIN, error, start)
             prepare = _ms(start)
             result = self._backend.score(prepared.image[None], seed=seed, want_maps=wanted)
-        size = self._model.config.image
-        score = checked_score(result, (size.height, size.width), wanted)
+        score = checked_score(result, size, wanted)
         anomaly_map = mask = None
         if wanted and result.maps is not None:
             anomaly_map, mask = result.maps[0], result.maps[0] > float32_below(threshold)
@@ -219,7 +221,7 @@ class Detector:
                 anomaly_map, mask = np.where(counted, anomaly_map, np.float32(0.0)), mask & counted
                 score = float(anomaly_map.max())
             if prepared is not None and maps:  # else the frame is the network's image
-                anomaly_map = images.map_to_frame(anomaly_map, prepared)
+                anomaly_map = images.map_to_frame(anomaly_map, prepared, counted)
                 mask = images.mask_to_frame(mask, prepared)
                 if roi is not None:
                     inside = roi.on_frame(prepared)

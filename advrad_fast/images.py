@@ -229,12 +229,16 @@ def is_prepared(shape: tuple[int, ...], config: ImageConfig) -> bool:
     return config.pose is None and config.brightness is None and shape == size
 
 
-def map_to_frame(values: NDArray[np.float32], prepared: Prepared) -> NDArray[np.float32]:
+def map_to_frame(
+    values: NDArray[np.float32], prepared: Prepared, counted: NDArray[np.bool_] | None = None
+) -> NDArray[np.float32]:
     """An anomaly map in the frame's coordinates: bilinear; zero where an aligned crop did not look.
 
     Args:
         values: float32 (h, w), the size of ``prepared.image``.
         prepared: what the map was computed from.
+        counted: bool (h, w), the values that there are; None for all.  It is interpolated between these alone, neither with the
+            others nor with zeros in their place; zero where none of them is near.
 
     Returns:
         float32 ``prepared.frame_shape``; ``values`` itself where the frame was not resized or aligned.
@@ -248,6 +252,10 @@ def map_to_frame(values: NDArray[np.float32], prepared: Prepared) -> NDArray[np.
     if not isinstance(values, np.ndarray) or values.dtype != np.float32 or values.shape != wanted:
         got = (values.dtype, values.shape) if isinstance(values, np.ndarray) else type(values)
         raise ImageError(expected("values", f"a float32 array of shape {wanted}", got))
+    if counted is not None:  # a mean of those near, by their bilinear weights
+        weights = map_to_frame(counted.astype(np.float32), prepared)
+        sums = map_to_frame(np.where(counted, values, np.float32(0.0)), prepared)
+        return np.divide(sums, weights, out=np.zeros_like(sums), where=weights > 0.0)
     if prepared.affine is not None:
         return pose.warp_back(values, prepared.affine, prepared.frame_shape)
     if values.shape == prepared.frame_shape:

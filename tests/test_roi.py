@@ -16,6 +16,7 @@ from test_tiling import detector as tile_detector
 from test_tiling import texture, tiled
 
 from advrad_fast import Detector, Outcome, cli
+from advrad_fast.backends.base import Scores
 from advrad_fast.config import DetectorConfig, ImageConfig, PoseConfig
 from advrad_fast.errors import ConfigError, ImageError, PartNotFoundError
 from advrad_fast.images import Prepared, prepare
@@ -129,6 +130,31 @@ def test_on_the_frame_with_an_aligned_part(aligned: Any) -> None:
     detector.threshold = 1e6
     missed = detector.inspect(pin(0.0))
     assert missed.outcome is Outcome.ABSTAIN and isinstance(missed.error, PartNotFoundError) and missed.score is None
+
+
+@pytest.mark.parametrize(
+    ("on", "size"), [("frame", (48, 80)), ("frame", (20, 11)), ("frame", (33, 97)), ("frame", None), ("part", None)]
+)
+def test_the_map_up_to_the_region_s_edge(aligned: Any, on: Any, size: tuple[int, int] | None, rng: np.random.Generator) -> None:
+    """Where the inside is 1 everywhere and the outside is not, the inside is 1 in the frame's coordinates, too."""
+    model = MODEL if size is not None else aligned
+    frame = pin(33.0) if size is None else rng.integers(0, 256, (*size, 1), dtype=np.uint8)
+    network = model.config.image.height, model.config.image.width
+    mask = rng.random(network if on == "part" else frame.shape[:2]) < 0.02
+    mask[5:11, 3:9] = True
+    roi, whole = Roi(mask, on), make("reference", None, model)
+    prepared = prepare(frame, model.config.image)
+    counted = roi.on_image(prepared)
+    seen = []
+    for detector, outside in ((whole, 1.0), (make("reference", roi, model), 0.0), (make("reference", roi, model), 1e3)):
+        maps = np.where(counted, 1.0, outside).astype(np.float32)[None]
+        detector._backend.score = lambda *_, maps=maps, **__: Scores(maps.max(axis=(1, 2)), maps, {})  # type: ignore[method-assign]
+        result = detector.inspect(frame)
+        assert result.score == 1.0 and result.anomaly_map is not None
+        seen.append(result.anomaly_map)
+    np.testing.assert_array_equal(seen[1] > 0.0, (seen[0] > 0.0) & roi.on_frame(prepared))
+    for found in seen[1:]:
+        np.testing.assert_allclose(found[found > 0.0], 1.0, rtol=1e-6)
 
 
 def test_every_counted_pixel_meets_the_region_and_every_pixel_of_it_counts(aligned: Any, rng: np.random.Generator) -> None:

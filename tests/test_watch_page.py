@@ -20,7 +20,7 @@ from browser import RATIO, chromium, requests, set_dark, set_width
 from models import small_model
 from PIL import Image
 from streams import detector, frames, wait_until
-from watching import Running, running, threshold_between
+from watching import Listener, Running, running, threshold_between
 
 from advrad_fast import Detector
 from advrad_fast.line import InspectionStream
@@ -174,26 +174,48 @@ def test_drift_has_its_lamp(browser: Any, model: Detector) -> None:
         wait_until(lambda: re.fullmatch(r"Drift\nscores went up, found \d\d:\d\d:\d\d", lamp()[1]) is not None)
 
 
+SEEN = """
+window.seen = [];
+new MutationObserver(changes => {
+  for (const {target} of changes) if (target.id === 'outcome') window.seen.push(target.dataset.outcome);
+}).observe(document, {subtree: true, childList: true, attributes: true, attributeFilter: ['data-outcome']});
+"""
+
+
 def test_a_page_that_is_loaded_late_shows_nothing_old(browser: Any, model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where drawing hangs the server still has the last state, of a good part."""
     good, _ = threshold_between(model)
-    release = threading.Event()
-    with running(model, deadline_ms=1000.0, hold_ms=1000.0) as line:
+    hangs, release = threading.Event(), threading.Event()
+
+    def hang(result: object) -> None:
+        hangs.set()
+        release.wait(600.0)
+
+    def waited_ms() -> int:
+        with Listener(line.page) as listener:
+            state = listener.next()
+            assert state is not None and state["result"]["outcome"] == "OK"
+            return listener.waited_ms
+
+    # The outcome itself stays fresh: only that nothing is heard makes it old.
+    with running(model, deadline_ms=3.6e6, hold_ms=3.6e6) as line:
         browser.get(line.page.url)
         line.line.part(good)
         becomes(browser, "OK")
-        monkeypatch.setattr(board, "pictures", lambda result: release.wait(60.0))
-        line.line.part(good)
-        becomes(browser, "NO DATA")
-        for _ in range(2):
-            browser.get(line.page.url)
-            browser.execute_script(
-                "window.seen = new Set(); const panel = document.getElementById('outcome');"
-                "new MutationObserver(() => window.seen.add(panel.dataset.outcome)).observe(panel, {attributes: true})"
-            )
-            wait_until(lambda: text(browser, "source") == line.line.name)  # the state has come
-            assert outcome(browser) == "NO DATA" and browser.execute_script("return [...window.seen]") == []
-        release.set()
+        monkeypatch.setattr(board, "pictures", hang)
+        script = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": SEEN})
+        try:
+            line.line.part(good)
+            assert hangs.wait(20.0)  # there is no further state from here on
+            wait_until(lambda: waited_ms() > 3000)
+            becomes(browser, "NO DATA")
+            for _ in range(2):
+                browser.get(line.page.url)
+                wait_until(lambda: text(browser, "source") == line.line.name)  # the state has come
+                assert outcome(browser) == "NO DATA" and set(browser.execute_script("return window.seen")) == {"NO DATA"}
+        finally:
+            release.set()
+            browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
 
 
 def test_a_process_that_stops_or_dies(browser: Any, tmp_path: Path) -> None:

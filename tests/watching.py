@@ -53,7 +53,7 @@ class Running:
     def __init__(self, model: Detector, **options: Any) -> None:
         self.line, self.results, self.memory = Line(), [], Memory()
         self.page = WatchPage(port=0, **options)
-        self.stream = InspectionStream(model, self.line, deadline_ms=400, sinks=[self.memory, self.page])
+        self.stream = InspectionStream(model, self.line, deadline_ms=2e4, sinks=[self.memory, self.page])  # no read hangs
         self.page.attach(self.stream)
         self._thread = threading.Thread(target=self._iterate)
         self._thread.start()
