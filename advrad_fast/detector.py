@@ -32,7 +32,7 @@ from advrad_fast.certify import Certificate, DecisionTest
 from advrad_fast.checks import finite, truth
 from advrad_fast.errors import AdvRADError, ConfigError, ImageError, InferenceError, PartNotFoundError, expected
 from advrad_fast.model import ModelFile
-from advrad_fast.roi import Roi, fitting
+from advrad_fast.roi import Roi, fitting, warn_of_another
 from advrad_fast.smoothing import Smoothing
 from advrad_fast.voting import OnVotes
 
@@ -112,6 +112,7 @@ class Detector:
         **options: Any,
     ) -> None:
         self._model, self._roi = model, fitting(roi, model)
+        warn_of_another(self._roi, model)
         self._seed = None if seed is None else philox.check_seed(seed)
         self._by_position = model.tiling is not None and model.tiling.frame is not None
         mu, inverse_spread = model.network_maps

@@ -4,7 +4,8 @@
 >>> model.save("part-2.safetensors")
 
 The weights stay.  New are the calibration scores and with them the threshold; the same for every sigma that the model can certify
-at; and, where asked for, the normal map.
+at; and, where asked for, the normal map.  Under a region of interest the threshold is that region's: good parts score less there
+than anywhere in the frame, and a lower threshold finds more at the same false-alarm rate.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from advrad_fast.errors import (
     expected,
 )
 from advrad_fast.model import ModelFile, Scalar
+from advrad_fast.roi import CALIBRATED_UNDER, Roi, fitting, without_region
 from advrad_fast.selftest_record import with_self_test
 from advrad_fast.smoothing import Smoothing
 
@@ -61,6 +63,7 @@ def recalibrate(
     false_alarm_rate: float | None = None,
     mu: bool = False,
     seed: int | None = 0,
+    roi: Roi | NDArray[np.bool_] | None = None,
     backend: str = "auto",
     on_frame: Progress | None = None,
     **options: Any,
@@ -78,14 +81,18 @@ def recalibrate(
         mu: also make the normal map.
         seed: of an inspection's noise, the one that the line's detector has: under the same noise calibration and line are
             exchangeable.  None for a detector that has None: noise of its own for every frame.
+        roi: the line's detector's region of interest, as for ``Detector``: the scores are of its inside.  It is not kept, but its
+            digest is, in the provenance; a detector with another one, or none, logs a warning.  The thresholds at the sigmas
+            are of whole frames all the same, as certificates are.
         backend, options: what scores the frames, as for ``Detector``: best what runs on the line.
         on_frame: called after every frame with how many are done, and of how many.
 
     Raises:
         CalibrationError: too few frames; the message says how many it takes.
-        ConfigError: an argument is out of range, or ``mu`` is asked for a model that inspects tiles.
-        DatasetError: the pose rule finds no part in more than a tenth of the frames.
-        ImageError: a frame breaks the input contract.
+        ConfigError: an argument is out of range, the region does not fit the model, or ``mu`` is asked for a model that inspects
+            tiles.
+        DatasetError: the pose rule finds no part, or none in the region, in more than a tenth of the frames.
+        ImageError: a frame breaks the input contract, or is not of the region's size.
         InferenceError, BackendUnavailableError: as for ``Detector``, whose self-test has to be passed.
     """
     if not isinstance(model, ModelFile):
@@ -98,7 +105,8 @@ def recalibrate(
         raise ConfigError("mu: expected False, as the model inspects tiles; `train --tile` and fit_tiling make their normal maps")
     count = len(frames)
     _enough(count, rate, needed, mu)
-    detector = Detector(model, backend=backend, seed=seed, **options)
+    model, roi = without_region(model), fitting(roi, model)
+    detector = Detector(model, backend=backend, seed=seed, roi=roi, **options)
 
     order = np.arange(count)
     for_map = order[:0]
@@ -107,11 +115,14 @@ def recalibrate(
         least = needed - calibrate.normals_needed(rate)
         half = min(max(count // 2, least), count - (needed - least))
         for_map, order = order[:half], order[half:]
-    reader = _Reader(frames, on_frame)
+    reader = _Reader(frames, on_frame, roi)
     if mu:
         model = _with_maps(model, reader, for_map, seed, backend, options)
-        detector = Detector(model, backend=backend, seed=seed, **options)
-    scores, smoothed = _scores(detector, reader, order)
+        detector = Detector(model, backend=backend, seed=seed, roi=roi, **options)
+    whole = detector
+    if roi is not None and model.smoothing:
+        whole = Detector(model, backend=backend, seed=seed, self_test=False, **options)
+    scores, smoothed = _scores(detector, whole, reader, order)
     reader.check()
     _enough(count - reader.lost, rate, needed, mu)
     if len(scores) < calibrate.normals_needed(rate):
@@ -123,6 +134,7 @@ def recalibrate(
         "recalibrated_sha256": reader.digest.hexdigest(),
         "recalibrated_backend": detector.backend,
         "recalibrated_seed": seed,
+        CALIBRATED_UNDER: None if roi is None else roi.digest,
     }
     calibrated = dataclasses.replace(
         model,
@@ -139,8 +151,8 @@ def recalibrate(
 class _Reader:
     """Reads frames by number, and keeps account of them."""
 
-    def __init__(self, frames: Sequence[object], on_frame: Progress | None) -> None:
-        self._frames, self._on_frame = frames, on_frame
+    def __init__(self, frames: Sequence[object], on_frame: Progress | None, roi: Roi | None) -> None:
+        self._frames, self._on_frame, self._roi = frames, on_frame, roi
         self._done = self.lost = 0
         self.digest = hashlib.sha256()
 
@@ -160,7 +172,8 @@ class _Reader:
     def check(self) -> None:
         """Raises a DatasetError if too many were lost."""
         if self.lost > MOST_LOST * self._done:
-            raise DatasetError(f"no part was found in {self.lost} of {self._done} frames")
+            where = " in the region of interest" if self._roi is not None else ""
+            raise DatasetError(f"no part was found{where} in {self.lost} of {self._done} frames")
 
 
 def _enough(count: int, rate: float, needed: int, mu: bool) -> None:
@@ -169,8 +182,10 @@ def _enough(count: int, rate: float, needed: int, mu: bool) -> None:
         raise CalibrationError(f"frames: a false-alarm rate of {rate:g} takes at least {needed} good frames{also}, got {count}")
 
 
-def _scores(detector: Detector, reader: _Reader, order: NDArray[np.int64]) -> tuple[list[float], dict[float, list[float]]]:
-    """Of each frame the score, and for each sigma what its calibration scores are."""
+def _scores(
+    detector: Detector, whole: Detector, reader: _Reader, order: NDArray[np.int64]
+) -> tuple[list[float], dict[float, list[float]]]:
+    """Of each frame the score, and for each sigma, by a detector of whole frames, what its calibration scores are."""
     scores: list[float] = []
     smoothed: dict[float, list[float]] = {one.sigma: [] for one in detector.model.smoothing}
 
@@ -181,7 +196,7 @@ def _scores(detector: Detector, reader: _Reader, order: NDArray[np.int64]) -> tu
             return False
         scores.append(result.score)
         for one in detector.model.smoothing:
-            draws = detector.smoothed_scores(frame, one.draws, sigma=one.sigma, seed=len(scores))
+            draws = whole.smoothed_scores(frame, one.draws, sigma=one.sigma, seed=len(scores))
             smoothed[one.sigma].append(_smoothed(one, draws, detector.model))
         return True
 

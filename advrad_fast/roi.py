@@ -9,6 +9,9 @@ filter and the network's sight, so what lies just outside can still raise the ma
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
@@ -23,6 +26,10 @@ from advrad_fast.model import ModelFile
 
 On = Literal["frame", "part"]
 Mask = NDArray[np.bool_]
+
+_log = logging.getLogger(__name__)
+
+CALIBRATED_UNDER = "recalibrated_roi"  #: of a model's provenance: the digest of the region that its threshold is of, or None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +70,11 @@ class Roi:
             ConfigError: nothing in it is white.
         """
         return cls(load_image(path).mean(axis=2) >= 127.5, on)
+
+    @property
+    def digest(self) -> str:
+        """Tells regions apart: SHA-256 of where it is, its size and its mask."""
+        return hashlib.sha256(f"{self.on} {self.mask.shape}".encode() + np.packbits(self.mask).tobytes()).hexdigest()
 
     def check_frame(self, shape: tuple[int, ...]) -> None:
         """An ImageError unless a region on the frame has the size (H, W) of this one."""
@@ -118,6 +130,21 @@ def fitting(value: object, model: ModelFile) -> Roi | None:
     elif tiling is not None and tiling.frame not in (None, roi.mask.shape):
         raise ConfigError(expected("roi", f"the size of the model's frames, {tiling.frame}", roi.mask.shape))
     return roi
+
+
+def warn_of_another(roi: Roi | None, model: ModelFile) -> None:
+    """Log a warning where a model was recalibrated under another region: its false-alarm rate is that one's."""
+    calibrated = model.provenance.get(CALIBRATED_UNDER)
+    if calibrated is not None and (roi is None or calibrated != roi.digest):
+        _log.warning(
+            "the threshold is of a region of interest that this detector does not have: its false-alarm rate does not hold"
+        )
+
+
+def without_region(model: ModelFile) -> ModelFile:
+    """The model before it is calibrated anew: under no region."""
+    provenance = {key: value for key, value in model.provenance.items() if key != CALIBRATED_UNDER}
+    return dataclasses.replace(model, provenance=provenance)
 
 
 def _nearest(x: NDArray[np.float64], y: NDArray[np.float64], size: tuple[int, ...]) -> tuple[Mask, tuple[NDArray[np.int64], ...]]:

@@ -24,6 +24,7 @@ from advrad_fast.config import SPREAD_FLOOR, TilingConfig
 from advrad_fast.detector import Detector
 from advrad_fast.errors import CalibrationError, ConfigError, ImageError, PartNotFoundError, expected
 from advrad_fast.model import ModelFile
+from advrad_fast.roi import without_region
 from advrad_fast.selftest_record import with_self_test
 from advrad_fast.tiles import default_overlap, tile_seed
 
@@ -75,7 +76,7 @@ def fit_tiling(
             raise ImageError(expected(name, "an iterable of frames", type(frames)))
     target = model.false_alarm_rate if false_alarm_rate is None else share("false_alarm_rate", false_alarm_rate)
     tiling = TilingConfig(default_overlap(image.height, image.width) if overlap is None else overlap)
-    tiled = dataclasses.replace(model, smoothing=(), tiling=tiling)
+    tiled = dataclasses.replace(without_region(model), smoothing=(), tiling=tiling)
     if normals is not None:
         tiled = _by_position(tiled, normals, backend, options)
         tiled = with_self_test(tiled, **{key: value for key, value in options.items() if key in ("cache_dir", "threads")})

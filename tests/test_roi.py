@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from models import certifiable, small_model
+from models import certifiable, small_model, without_norm
 from numpy.typing import NDArray
 from PIL import Image
 from test_pose import HEIGHT, SIDE, WIDTH, pin
 from test_tiling import detector as tile_detector
 from test_tiling import texture, tiled
 
-from advrad_fast import Detector, Outcome, cli
+from advrad_fast import Detector, ModelFile, Outcome, cli
 from advrad_fast.backends.base import Scores
 from advrad_fast.config import DetectorConfig, ImageConfig, PoseConfig
-from advrad_fast.errors import ConfigError, ImageError, PartNotFoundError
+from advrad_fast.errors import ConfigError, DatasetError, ImageError, PartNotFoundError
 from advrad_fast.images import Prepared, prepare
 from advrad_fast.pose import fit_pose
+from advrad_fast.recalibrate import recalibrate
 from advrad_fast.roi import Roi
 
 Mask = NDArray[np.bool_]
@@ -192,19 +192,55 @@ def test_what_is_refused(aligned: Any, frame: NDArray[np.uint8]) -> None:
         detector.certify(frame, 0.1)
 
 
-def test_a_threshold_under_the_same_region(rng: np.random.Generator) -> None:
-    """What docs/pose.md says: fitted on scores of the inside, it is lower, and holds."""
-    good = [rng.integers(100, 156, (48, 80, 1), dtype=np.uint8) for _ in range(20)]
+def test_a_threshold_of_the_region(aligned: Any, rng: np.random.Generator, caplog: pytest.LogCaptureFixture) -> None:
+    """Calibrated on scores of the inside it is lower, and holds; other regions are warned of; certificates are of whole images."""
+    good = list(rng.integers(100, 156, (20, 48, 80, 3), dtype=np.uint8))
     region = np.zeros((48, 80), np.bool_)
     region[20:24, 30:34] = True
-    fitted = []
-    for roi in (None, region):
-        detector = make("reference", roi)
-        scores = np.sort([detector.inspect(frame, maps=False).score or 0.0 for frame in good])
-        fitted.append(dataclasses.replace(MODEL, calibration_scores=scores).with_false_alarm_rate(0.1))
-    assert 0.0 < fitted[1].threshold < fitted[0].threshold
-    detector = make("reference", region, fitted[1])
+    model = certifiable(without_norm(small_model()), 0.25)
+    options: Any = {"backend": "reference", "threads": 1}
+    whole, inside = (recalibrate(model, good, false_alarm_rate=0.1, roi=roi, **options) for roi in (None, region))
+    assert 0.0 < inside.threshold < whole.threshold
+    detector = Detector(inside, roi=region.copy(), **options)
+    scores = [detector.inspect(frame, maps=False).score for frame in good]
+    np.testing.assert_array_equal(inside.calibration_scores, np.sort(scores))  # type: ignore[arg-type]
     assert sum(detector.inspect(frame).outcome is Outcome.DEFECT for frame in good) <= 2
+    np.testing.assert_array_equal(inside.smoothing[0].calibration_scores, whole.smoothing[0].calibration_scores)
+    assert inside.smoothing[0].threshold == whole.smoothing[0].threshold
+    assert inside.provenance["recalibrated_roi"] == Roi(region).digest and whole.provenance["recalibrated_roi"] is None
+    assert len({Roi(mask, on).digest for mask in (LEFT, ~LEFT, LEFT.T) for on in ("frame", "part")}) == 6  # type: ignore[arg-type]
+    again = recalibrate(inside, good, **options)
+    assert again.threshold == whole.threshold and again.provenance == whole.provenance
+    assert not caplog.records  # nothing so far that the region does not belong to
+    for roi in (None, ~region, Roi(np.ones((48, 80), np.bool_))):
+        Detector(inside, roi=roi, **options)
+        assert "does not have" in caplog.messages[-1]
+    assert len(caplog.records) == 3
+    Detector(whole, roi=region, **options)
+    assert len(caplog.records) == 3
+    with pytest.raises(ImageError, match="frame 9: frame: expected one of the region's size"):
+        recalibrate(model, [*good[:9], good[9][1:]], roi=region, **options)
+    with pytest.raises(DatasetError, match="no part was found in the region of interest in 9 of 9 frames"):
+        corner = np.zeros((SIDE, SIDE), np.bool_)
+        corner[:4, :4] = True
+        recalibrate(aligned, [pin(0.0)] * 9, roi=corner, **options)
+
+
+def test_a_threshold_of_tiles_or_on_the_part(aligned: Any, rng: np.random.Generator) -> None:
+    region = np.zeros((96, 120), np.bool_)
+    region[10:40, 60:90] = True
+    on_part = np.zeros((aligned.config.image.height, aligned.config.image.width), np.bool_)
+    on_part[:, :10] = True
+    cases: Any = [
+        (tiled((96, 120)), [texture(rng)] * 9, Roi(region), "cpu"),
+        (aligned, [pin(40.0 * i) for i in range(9)], Roi(on_part, "part"), "reference"),
+    ]
+    for model, good, roi, backend in cases:
+        options: Any = {"cache_dir": False, "precision": "fp32"} if backend == "cpu" else {}
+        made = recalibrate(model, good, roi=roi, backend=backend, threads=1, **options)
+        detector = Detector(model, roi=roi, backend=backend, threads=1, **options)
+        scores = [detector.inspect(frame, maps=False).score for frame in good]
+        np.testing.assert_array_equal(made.calibration_scores, np.sort(scores))
 
 
 def test_the_command(tmp_path: Path, frame: NDArray[np.uint8], capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,6 +251,16 @@ def test_the_command(tmp_path: Path, frame: NDArray[np.uint8], capsys: pytest.Ca
     call = ["inspect", str(tmp_path / "m.safetensors"), str(tmp_path / "f.png"), "--backend", "reference", "--json", "-"]
     assert cli.main([*call, "--roi", str(tmp_path / "left.png")]) in (0, 1)
     assert f'"score": {make("reference", LEFT).inspect(frame).score}' in capsys.readouterr().out
+    made = [str(tmp_path / "new.safetensors"), str(tmp_path / "good")]
+    (tmp_path / "good").mkdir()
+    for i in range(9):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (48, 80), dtype=np.uint8)).save(tmp_path / "good" / f"{i}.png")
+    again = ["recalibrate", call[1], made[1], "--out", made[0], "--backend", "reference", "--roi", str(tmp_path / "left.png")]
+    assert cli.main(again) == 0
+    assert "give the same" in capsys.readouterr().err
+    model = ModelFile.load(made[0])
+    assert model.provenance["recalibrated_roi"] == Roi(LEFT).digest and len(model.calibration_scores) == 9
+    capsys.readouterr()
     for more, said in ((["--roi", "empty"], "empty mask"), (["--roi", "small"], "size"), (["--roi-on-part", "left"], "align")):
         assert cli.main([*call, more[0], str(tmp_path / f"{more[1]}.png")]) == 2
         out = capsys.readouterr()

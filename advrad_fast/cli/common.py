@@ -43,6 +43,21 @@ def roi_options(parser: argparse.ArgumentParser) -> None:
     either.add_argument("--roi-on-part", type=Path, metavar="IMAGE", help=text)
 
 
+def region_of(options: argparse.Namespace) -> Any:
+    """The :class:`~advrad_fast.roi.Roi` that :func:`roi_options` describe, or None; also for commands without them.
+
+    Raises:
+        ImageError: the image can't be read.
+        ConfigError: nothing in it is white.
+    """
+    for name, on in (("roi", "frame"), ("roi_on_part", "part")):
+        if getattr(options, name, None) is not None:
+            from advrad_fast.roi import Roi
+
+            return Roi.load(getattr(options, name), on)  # type: ignore[arg-type]
+    return None
+
+
 def ray_option(parser: argparse.ArgumentParser) -> None:
     """``--ray``."""
     text = "spread the work over a Ray cluster: auto, HOST:PORT, or local; --threads, of each worker, is 1 unless given"
@@ -66,17 +81,13 @@ def detector_maker(options: argparse.Namespace) -> Callable[[], Any]:
 
     Raises:
         ModelFileError: the model file is damaged, foreign or inconsistent.
+        ImageError, ConfigError: as :func:`region_of`.
     """
     from advrad_fast.detector import Detector
     from advrad_fast.model import ModelFile
 
-    model, region = ModelFile.load(options.model), dict[str, Any]()
-    for name, on in (("roi", "frame"), ("roi_on_part", "part")):
-        if getattr(options, name, None) is not None:
-            from advrad_fast.roi import Roi
-
-            region = {"roi": Roi.load(getattr(options, name), on)}  # type: ignore[arg-type]
-    return partial(Detector, model, backend=options.backend, seed=options.seed, **region, **engine_options(options))
+    model, roi = ModelFile.load(options.model), region_of(options)
+    return partial(Detector, model, backend=options.backend, seed=options.seed, roi=roi, **engine_options(options))
 
 
 def data_options(parser: argparse.ArgumentParser, text: str) -> None:

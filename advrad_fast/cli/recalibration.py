@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from advrad_fast.cli.common import OK, Adder, Progress, load_detector, model_options, say
+from advrad_fast.cli.common import OK, Adder, Progress, load_detector, model_options, region_of, roi_options, say
 from advrad_fast.errors import ConfigError, ModelFileError, expected
 
 
@@ -19,6 +19,7 @@ def add(command: Adder) -> None:
         "Make the calibration scores and thresholds of a model anew from good frames, without training.",
     )
     model_options(parser, seed_help="of the noise: the one that the line's detector has (default 0)")
+    roi_options(parser)
     parser.add_argument("frames", type=Path, help="a folder of good frames, none of them trained on, or one image")
     parser.add_argument("--out", type=Path, required=True, help="the new model file")
     parser.add_argument("--force", action="store_true", help="overwrite it")
@@ -57,7 +58,7 @@ def _recalibrate(options: argparse.Namespace) -> int:
     from advrad_fast.recalibrate import recalibrate
 
     _free(options.out, options.force)
-    model = ModelFile.load(options.model)
+    model, roi = ModelFile.load(options.model), region_of(options)
     paths = list_images(options.frames)
     given = {"precision": options.precision, "threads": options.threads, "cache_dir": options.cache}
     with Progress(len(paths), "frames") as progress:
@@ -67,6 +68,7 @@ def _recalibrate(options: argparse.Namespace) -> int:
             false_alarm_rate=options.false_alarm_rate,
             mu=options.mu,
             seed=options.seed,
+            roi=roi,
             backend=options.backend,
             on_frame=lambda *_: progress.step(),
             **{key: value for key, value in given.items() if value is not None},
@@ -76,6 +78,8 @@ def _recalibrate(options: argparse.Namespace) -> int:
     above = int((new.calibration_scores > model.threshold).sum()) if not options.mu else None
     before = f"before: {len(model.calibration_scores)}, {model.threshold:.6g}"
     say(before if above is None else f"{before}, which {above} of the {len(new.calibration_scores)} frames are above")
+    if roi is not None:
+        say("the threshold is of this region of interest: give the same to what inspects with the model")
     if model.smoothing:
         kept = "; their normal maps are as they were (`advrad-fast certify --fit` makes them anew)" if options.mu else ""
         say(f"the thresholds at sigma {', '.join(map(str, model.sigmas))} are new, too{kept}")

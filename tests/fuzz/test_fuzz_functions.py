@@ -211,8 +211,8 @@ def region(roi: Any, on: Any) -> Any:
     return Roi(roi, on)
 
 
-def recalibrated(frames: Any, false_alarm_rate: Any, aligned: Any, seed: Any) -> Any:
-    recalibrate(PLAIN, frames, false_alarm_rate=false_alarm_rate, mu=aligned, seed=seed, backend="cpu", threads=1)
+def recalibrated(frames: Any, false_alarm_rate: Any, aligned: Any, seed: Any, roi: Any) -> Any:
+    recalibrate(PLAIN, frames, false_alarm_rate=false_alarm_rate, mu=aligned, seed=seed, roi=roi, backend="cpu", threads=1)
 
 
 def inspect_one(frame: Any, aligned: Any, seed: Any) -> None:
@@ -315,7 +315,7 @@ REASONS: dict[str, dict[str, str]] = {
     },
     "a part of inspecting a frame": {
         "dlpack": "device host_array take",
-        "roi": "fitting",
+        "roi": "fitting warn_of_another without_region",
         "template": "measure_profile local_contrast worth search same outside",
         "gpu_frames": "find",
         "images": "prepare_whole is_prepared map_to_frame mask_to_frame",
