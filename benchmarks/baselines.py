@@ -1,15 +1,17 @@
-"""What others do under the attacks that AdvRAD is measured with: an autoencoder, plain and adversarially trained, and a purifier.
+"""What others do under the attacks that AdvRAD is measured with: an autoencoder, plain and adversarially trained, a purifier,
+GANomaly, DRAEM and PatchCore (the last three: ``pip install 'advrad-fast[baselines]'``).
 
     python benchmarks/baselines.py screw/ --work runs/ --limit 10 --out benchmarks/results/baselines.jsonl
 
-Each detector is trained on the data's normals, prepared as AdvRAD's are, and kept in the work folder; each row is one detector
-under one budget.  Rows that are there are not computed again; ``python benchmarks/robustness.py`` makes their table.
-Runs alone: PyTorch on all cores.
+Each detector is trained on the data's normals, prepared as AdvRAD's are; autoencoders and diffusion models are kept in the work
+folder.  Each row is one detector under one budget.  Rows that are there are not computed again;
+``python benchmarks/robustness.py`` makes their table.  Runs alone: PyTorch on all cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -26,8 +28,10 @@ from advrad_fast.bench.timing import commit, machine
 from advrad_fast.evaluation import metrics
 from advrad_fast.evaluation.attacks.pgd import PGD, pgd
 from advrad_fast.evaluation.attacks.pipeline import generator
-from advrad_fast.evaluation.baselines.autoencoder import Autoencoder, AutoencoderSettings
+from advrad_fast.evaluation.baselines.anomalib import AnomalibSettings, Draem, Ganomaly
+from advrad_fast.evaluation.baselines.autoencoder import Autoencoder, AutoencoderSettings, MeanSquaredError
 from advrad_fast.evaluation.baselines.base import Baseline, as_tensor
+from advrad_fast.evaluation.baselines.patchcore import PatchCore
 from advrad_fast.evaluation.baselines.purifier import Purifier
 from advrad_fast.evaluation.datasets import Dataset, load_dataset
 from advrad_fast.evaluation.robust import choose_samples
@@ -38,6 +42,9 @@ from advrad_fast.training import pipeline
 BUDGETS = ("linf 2/255", "l2 0.2")
 STRENGTHS = (20, 60, 120, 180, 250)  # timesteps of the purifier; the network is trained on 20 to 260
 EPSILON = 2 / 255  # of the adversarial training
+# Widths and steps that one core trains in some minutes.
+GANOMALY = AnomalibSettings(width=16, steps=200, batch_size=8, learning_rate=2e-4)
+DRAEM = AnomalibSettings(width=16, steps=400, batch_size=8, learning_rate=1e-3)
 
 
 def diffusion_model(data: Path, work: Path, steps: int) -> ModelFile:
@@ -66,18 +73,27 @@ def prepared(paths: list[Path], model: ModelFile) -> NDArray[np.uint8]:
 
 def detectors(data: Path, options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Baseline], ModelFile]]:
     model = diffusion_model(data, options.work, options.diffusion_steps)
-    found: dict[float, Autoencoder] = {}
 
+    @functools.cache
+    def normals() -> NDArray[np.uint8]:
+        return prepared(load_dataset(data).train, model)
+
+    @functools.cache
     def encoder(epsilon: float) -> Autoencoder:
-        if epsilon not in found:
-            normals = prepared(load_dataset(data).train, model)
-            found[epsilon] = autoencoder(normals, data, options.work, options.steps, epsilon, options.device)
-        return found[epsilon]
+        return autoencoder(normals(), data, options.work, options.steps, epsilon, options.device)
+
+    def fitted(detector: Baseline) -> Baseline:
+        detector.to(options.device).fit(normals())
+        return detector
 
     yield "autoencoder", lambda: encoder(0.0), model
+    yield "autoencoder, mean squared error", lambda: MeanSquaredError(encoder(0.0)), model
     yield "adversarially trained autoencoder", lambda: encoder(EPSILON), model
     for t in STRENGTHS:
         yield f"purifier, t = {t}", lambda t=t: Purifier.from_model(model, encoder(0.0), timestep=t, steps=options.denoise), model
+    yield Ganomaly.name, lambda: fitted(Ganomaly(GANOMALY)), model
+    yield Draem.name, lambda: fitted(Draem(DRAEM)), model
+    yield PatchCore.name, lambda: fitted(PatchCore()), model
 
 
 def run(
@@ -139,9 +155,11 @@ def main() -> None:
     for folder in options.data:
         data = load_dataset(folder)
         for name, make, model in detectors(folder, options):
-            for budget in BUDGETS:
-                if options.only in name and (name, data.name, budget) not in done:
-                    row = run(name, make().to(options.device), data, model, budget, options)
+            missing = [budget for budget in BUDGETS if options.only in name and (name, data.name, budget) not in done]
+            if missing:
+                detector = make().to(options.device)
+                for budget in missing:
+                    row = run(name, detector, data, model, budget, options)
                     append_line(options.out, json.dumps(row))
                     sys.stderr.write(f"{row}\n")
 

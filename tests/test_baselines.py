@@ -11,7 +11,7 @@ from models import small_model
 from parts import disc
 
 from advrad_fast.errors import ConfigError, ImageError, ModelFileError, TrainingError
-from advrad_fast.evaluation.baselines.autoencoder import Autoencoder, AutoencoderSettings
+from advrad_fast.evaluation.baselines.autoencoder import Autoencoder, AutoencoderSettings, MeanSquaredError
 from advrad_fast.evaluation.baselines.base import as_tensor
 from advrad_fast.evaluation.baselines.purifier import Purifier
 
@@ -64,6 +64,18 @@ def test_what_cannot_be_fitted() -> None:
         Autoencoder().fit(np.zeros((2, 24, 32, 3), np.uint8))
     with pytest.raises(ImageError, match="images: expected uint8"):
         Autoencoder().fit(np.zeros((2, 32, 32, 3), np.float32))  # type: ignore[arg-type]
+
+
+def test_the_plain_score(fitted: Autoencoder) -> None:
+    images = discs(3, seed=3)
+    plain = MeanSquaredError(fitted)
+    assert plain.name == "autoencoder, mean squared error"
+    with torch.no_grad():
+        x = 2.0 * as_tensor(images) - 1.0
+        wanted = (fitted._fitted()(x) - x).double().square().mean(dim=(1, 2, 3)).numpy()
+    np.testing.assert_allclose(plain.score_images(images), wanted, rtol=1e-4)
+    maps = plain.maps(as_tensor(images).requires_grad_(True), torch.empty(3, 2, 0))
+    assert maps.shape == (3, 2, 1, 1) and maps.requires_grad
 
 
 def test_the_purifier(fitted: Autoencoder) -> None:

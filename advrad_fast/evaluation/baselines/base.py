@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from advrad_fast.errors import ImageError, InferenceError, expected
+from advrad_fast.errors import ImageError, InferenceError, TrainingError, expected
 
 
 class Baseline(ABC):
@@ -48,7 +49,7 @@ class Baseline(ABC):
             noise: standard normal (N, M, *noise_shape).
 
         Returns:
-            (N, M, H, W), differentiable in ``images``.
+            (N, M, H, W), differentiable in ``images``; (N, M, 1, 1) from a detector that has a score but no map.
         """
 
     def draw(self, generators: Sequence[torch.Generator], count: int) -> Tensor:
@@ -93,3 +94,17 @@ def as_tensor(images: NDArray[np.uint8]) -> Tensor:
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) == 0:
         raise ImageError(expected("images", "uint8 (N, H, W, C), N of at least 1", f"{images.dtype} {images.shape}"))
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255.0
+
+
+@contextmanager
+def optional() -> Iterator[None]:
+    """Around imports that the extra ``baselines`` brings.
+
+    Raises:
+        TrainingError: one is not installed; says how to install it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        raise TrainingError(f"{name} is not installed; needed here: pip install 'advrad-fast[baselines]'") from error
