@@ -193,7 +193,7 @@ def test_what_is_refused(aligned: Any, frame: NDArray[np.uint8]) -> None:
 
 
 def test_a_threshold_of_the_region(aligned: Any, rng: np.random.Generator, caplog: pytest.LogCaptureFixture) -> None:
-    """Calibrated on scores of the inside it is lower, and holds; other regions are warned of; certificates are of whole images."""
+    """Calibrated on scores of the inside it is lower, and holds; other regions are warned of, certificates of whole images."""
     good = list(rng.integers(100, 156, (20, 48, 80, 3), dtype=np.uint8))
     region = np.zeros((48, 80), np.bool_)
     region[20:24, 30:34] = True
