@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from typing import Any
 
@@ -30,6 +31,17 @@ def share(name: str, value: object) -> float:
     return float(value)
 
 
+def number(name: str, value: object, low: float, high: float, wanted: str = "a number") -> float:
+    """A finite number in [low, high] as a float, or a ConfigError."""
+    try:
+        made = finite(name, value)
+    except ConfigError:
+        made = math.nan
+    if not low <= made <= high:
+        raise ConfigError(expected(name, f"{wanted} in [{low:.12g}, {high:.12g}]", value))
+    return made
+
+
 def integer(name: str, value: object, low: int = 0, high: int = MAX_COUNT) -> int:
     """An integer in [low, high] as an int, or a ConfigError."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
@@ -43,6 +55,25 @@ def truth(name: str, value: object) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise ConfigError(expected(name, "True or False", value))
     return bool(value)
+
+
+def text(name: str, value: object) -> str:
+    """A text, not empty and without NUL, or a ConfigError."""
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ConfigError(expected(name, "a text", value))
+    return value
+
+
+def path(name: str, value: object) -> str:
+    """A path that a file can have, or a ConfigError: no descriptor, no bytes, and not empty, which for SQLite means no file."""
+    made = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    try:
+        possible = isinstance(made, str) and made and "\0" not in made and os.fsencode(made)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise ConfigError(expected(name, "a path", value))
+    return str(made)
 
 
 def array(name: str, value: object, error: type[AdvRADError] = ConfigError) -> NDArray[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from advrad_fast import checks
 from advrad_fast.errors import ConfigError, expected
 
 
@@ -23,10 +24,10 @@ class Backoff:
     jitter: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.first <= self.cap <= 3600.0:
+        """A ConfigError if a number is out of range."""
+        if not 0.0 < checks.finite("backoff: first", self.first) <= checks.finite("backoff: cap", self.cap) <= 3600.0:
             raise ConfigError(expected("backoff", "0 < first <= cap <= 3600 seconds", (self.first, self.cap)))
-        if not 0.0 <= self.jitter <= 1.0:
-            raise ConfigError(expected("backoff: jitter", "a number in [0, 1]", self.jitter))
+        checks.number("backoff: jitter", self.jitter, 0.0, 1.0)
 
     def pause(self, failures: int) -> float:
         """Seconds to wait after this many failures in a row, from 1."""

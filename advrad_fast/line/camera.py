@@ -8,6 +8,7 @@ from collections.abc import Generator, Mapping
 from types import ModuleType
 from typing import Any
 
+from advrad_fast import checks
 from advrad_fast.errors import ConfigError, SourceError, expected
 from advrad_fast.line.frames import Frame
 
@@ -26,7 +27,7 @@ class Camera:
         properties: further OpenCV settings, as ``{cv2.CAP_PROP_EXPOSURE: -6}``, set on every connection.
 
     Raises:
-        ConfigError: the camera is neither.
+        ConfigError: the camera is neither, or a setting is no number.
         ModuleNotFoundError: OpenCV is not installed.
     """
 
@@ -41,17 +42,23 @@ class Camera:
         height: int | None = None,
         properties: Mapping[int, float] | None = None,
     ) -> None:
-        number = isinstance(camera, int) and not isinstance(camera, bool) and camera >= 0
-        if not number and not (isinstance(camera, str) and "://" in camera):
+        number = isinstance(camera, int) and not isinstance(camera, bool) and 0 <= camera < 2**31
+        if not number and not (isinstance(camera, str) and "://" in camera and _utf8(camera)):
             raise ConfigError(
                 expected("camera", "a number from 0 or an address such as rtsp://host/path", _without_login(camera))
             )
         self._camera = camera
         self._cv2 = _opencv()
-        self._properties: dict[int, float] = dict(properties or {})
-        for name, value in (("CAP_PROP_FRAME_WIDTH", width), ("CAP_PROP_FRAME_HEIGHT", height)):
+        if properties is not None and not isinstance(properties, Mapping):
+            raise ConfigError(expected("properties", "a dict from settings to numbers", type(properties)))
+        self._properties = {
+            checks.integer("properties", key): checks.finite(f"properties[{key}]", value)
+            for key, value in (properties or {}).items()
+        }
+        for name, value in (("width", width), ("height", height)):
             if value is not None:
-                self._properties[getattr(self._cv2, name)] = value
+                key = getattr(self._cv2, f"CAP_PROP_FRAME_{name.upper()}")
+                self._properties[key] = checks.integer(name, value, 1, 1 << 20)
         self.name = f"camera {_without_login(camera)}"
 
     def open(self) -> Generator[Frame, None, None]:
@@ -80,6 +87,7 @@ class VideoFile:
         path: the file.
 
     Raises:
+        ConfigError: it is no path.
         SourceError: it cannot be opened as a video.
         ModuleNotFoundError: OpenCV is not installed.
     """
@@ -89,8 +97,11 @@ class VideoFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         cv2 = _opencv()
-        self.name = f"video {os.fspath(path)}"
-        capture = cv2.VideoCapture(os.fspath(path), cv2.CAP_FFMPEG)
+        name = checks.path("path", path)
+        self.name = f"video {name}"
+        if not _utf8(name):  # OpenCV ends the process
+            raise SourceError(f"{self.name}: it cannot be opened as a video: its name is not UTF-8")
+        capture = cv2.VideoCapture(name, cv2.CAP_FFMPEG)
         if not capture.isOpened():
             raise SourceError(f"{self.name}: it cannot be opened as a video")
         self._frames = _frames(cv2, capture, self.name, endless=False)
@@ -119,6 +130,13 @@ def _frames(cv2: ModuleType, capture: Any, name: str, *, endless: bool) -> Gener
 def _without_login(camera: object) -> object:
     """An address without name and password."""
     return re.sub(r"://[^/@]*@", "://", camera) if isinstance(camera, str) else camera
+
+
+def _utf8(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _opencv() -> ModuleType:

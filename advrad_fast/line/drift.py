@@ -25,7 +25,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from advrad_fast.errors import AdvRADError, CalibrationError, ConfigError, DriftStateError, OtherDriftStateError, expected
+from advrad_fast import checks
+from advrad_fast.errors import AdvRADError, CalibrationError, DriftStateError, OtherDriftStateError, expected
 from advrad_fast.files import write_atomically
 from advrad_fast.line.bets import Bets
 from advrad_fast.untrusted import parse
@@ -108,11 +109,11 @@ class Drift:
     """
 
     def __init__(self, calibration_scores: ArrayLike, *, false_alarm_rate: float = 0.01, contamination: float = 0.02) -> None:
-        scores = np.array(calibration_scores, dtype=np.float64)
+        scores = checks.floats("calibration_scores", calibration_scores, CalibrationError).copy()
         if scores.ndim != 1 or not scores.size or not np.isfinite(scores).all() or (scores[1:] < scores[:-1]).any():
             raise CalibrationError(expected("calibration_scores", "(n,) finite scores, rising, n >= 1", scores.shape))
-        self.false_alarm_rate = _number("false_alarm_rate", false_alarm_rate, 1e-12, 1.0 - 1e-12)
-        self.contamination = _number("contamination", contamination, 0.0, 0.5)
+        self.false_alarm_rate = checks.number("false_alarm_rate", false_alarm_rate, 1e-12, 1.0 - 1e-12)
+        self.contamination = checks.number("contamination", contamination, 0.0, 0.5)
         self._calibration = scores
         self._lock = threading.Lock()
         self._start()
@@ -135,13 +136,12 @@ class Drift:
             inspection: an ``Inspection``, or a ``StreamInspection``, whose ``captured_at`` becomes ``alarm_at``.
 
         Raises:
-            ConfigError: the score is not finite.
+            ConfigError: there is no score, or it is not finite.
         """
-        score = inspection.score
+        score = getattr(inspection, "score", math.nan)
         if score is None:
             return self._state
-        if not math.isfinite(score):
-            raise ConfigError(expected("score", "a finite number", score))
+        score = checks.finite("score", score)
         with self._lock:
             sides = self._bets.update(np.stack([score > self._above, score < self._below]))
             value, before = float(sides.mean()), self._state
@@ -167,8 +167,10 @@ class Drift:
         """Write the state to a file, atomically.
 
         Raises:
+            ConfigError: it is no path.
             DriftStateError: it cannot be written; a file that was there is as it was.
         """
+        name = checks.path("path", path)
         with self._lock:
             state, bets = self._state, self._bets
             document = {
@@ -190,9 +192,9 @@ class Drift:
                 "since": bets.since.tolist(),
             }
         try:
-            write_atomically(Path(path), json.dumps(document, allow_nan=False).encode())
+            write_atomically(Path(name), json.dumps(document, allow_nan=False).encode())
         except (OSError, ValueError) as error:
-            raise DriftStateError(f"{os.fspath(path)}: cannot be written: {error}") from error
+            raise DriftStateError(f"{name}: cannot be written: {error}") from error
 
     @classmethod
     def restore(cls, path: str | os.PathLike[str], calibration_scores: ArrayLike, **settings: Any) -> Self:
@@ -205,11 +207,11 @@ class Drift:
         Raises:
             OtherDriftStateError: the file is of a test with another calibration or other settings.
             DriftStateError: it is missing or damaged.
+            ConfigError, CalibrationError: it is no path, or as for ``Drift``.
         """
-        drift = cls(calibration_scores, **settings)
-        name = os.fspath(path)
+        drift, name = cls(calibration_scores, **settings), checks.path("path", path)
         try:
-            with Path(path).open("rb") as file:
+            with Path(name).open("rb") as file:
                 data = file.read(MAX_STATE_BYTES + 1)
             if len(data) > MAX_STATE_BYTES:
                 raise DriftStateError(expected("size", f"at most {MAX_STATE_BYTES} bytes", "more"))
@@ -253,12 +255,6 @@ class Drift:
 
     def _fingerprint(self) -> str:
         return hashlib.sha256(self._calibration.astype("<f8").tobytes()).hexdigest()
-
-
-def _number(name: str, value: object, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.floating) or not low <= value <= high:
-        raise ConfigError(expected(name, f"a number in [{low:g}, {high:g}]", value))
-    return float(value)
 
 
 def _refuse(name: str, value: object) -> Any:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from advrad_fast.errors import ConfigError, ImageError, SourceError, expected
+from advrad_fast import checks
+from advrad_fast.errors import ImageError, SourceError
 from advrad_fast.image_paths import IMAGE_SUFFIXES
 from advrad_fast.images import load_image
 from advrad_fast.line.frames import IDLE, Frame
@@ -60,13 +61,13 @@ class WatchedFolder:
         settle_ms: float = 200.0,
         interval_ms: float = 50.0,
     ) -> None:
-        for name, value in (("settle_ms", settle_ms), ("interval_ms", interval_ms)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 3.6e6:
-                raise ConfigError(expected(name, "a number of milliseconds in [0, 3600000]", value))
-        self._folder, self._recursive = Path(folder), recursive
-        self._settle, self._interval = settle_ms / 1e3, interval_ms / 1e3
+        self._settle, self._interval = (
+            checks.number(name, value, 0.0, 3_600_000.0, "a number of milliseconds") / 1e3
+            for name, value in (("settle_ms", settle_ms), ("interval_ms", interval_ms))
+        )
+        self._folder, self._recursive = Path(checks.path("folder", folder)), checks.truth("recursive", recursive)
         self.name = f"folder {self._folder}"
-        self._done: dict[str, _Version] | None = {} if existing else None  # None until the first look
+        self._done: dict[str, _Version] | None = {} if checks.truth("existing", existing) else None  # None until the first look
 
     def open(self) -> Generator[Any, None, None]:
         """Look through the folder until closed.

@@ -9,6 +9,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 
+from advrad_fast import checks
 from advrad_fast.errors import AdvRADError, ConfigError, expected
 
 
@@ -78,8 +79,8 @@ class Frames:
     def __init__(self, iterable: Iterable[Any], *, name: str = "frames", live: bool = False, copy: bool = True) -> None:
         if not isinstance(iterable, Iterable) or isinstance(iterable, str | bytes):
             raise ConfigError(expected("iterable", "an iterable of frames", type(iterable)))
-        self.name, self.live = name, live
-        self._frames, self._copy = iterable, copy
+        self.name, self.live = checks.text("name", name), checks.truth("live", live)
+        self._frames, self._copy = iterable, checks.truth("copy", copy)
         self._iterator: Iterator[Any] | None = None
 
     def open(self) -> Iterator[Any]:
@@ -108,8 +109,8 @@ class Calls:
     def __init__(self, function: Callable[[], Any], *, name: str = "frames", live: bool = True, copy: bool = True) -> None:
         if not callable(function):
             raise ConfigError(expected("function", "a function without arguments", type(function)))
-        self.name, self.live = name, live
-        self._function, self._copy = function, copy
+        self.name, self.live = checks.text("name", name), checks.truth("live", live)
+        self._function, self._copy = function, checks.truth("copy", copy)
 
     def open(self) -> Iterator[Any]:
         """An iterator that calls the function."""

@@ -10,12 +10,12 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from advrad_fast import checks
 from advrad_fast.errors import ConfigError, ImageError, SourceError, expected
 from advrad_fast.line.frames import IDLE, Frame
 
@@ -38,7 +38,7 @@ class GenicamCamera:
         features: of the camera, set in this order on every connection: ``{"PixelFormat": "RGB8", "ExposureTime": 2000.0}``.
 
     Raises:
-        ConfigError: there is no such producer.
+        ConfigError: there is no such producer, or an argument is of the wrong type.
         ModuleNotFoundError: harvesters is not installed.
     """
 
@@ -55,10 +55,14 @@ class GenicamCamera:
     ) -> None:
         import harvesters.core  # noqa: F401  (a missing library shows here, not on the line)
 
-        if not Path(producer).is_file():
-            raise ConfigError(expected("producer", "a GenTL producer (.cti file)", os.fspath(producer)))
-        self._producer, self._serial, self._triggered = os.fspath(producer), serial, triggered
-        self._features = dict(features or {})
+        self._producer = checks.path("producer", producer)
+        if not os.path.isfile(self._producer):  # noqa: PTH113  (pathlib's raises where a name is too long)
+            raise ConfigError(expected("producer", "a GenTL producer (.cti file)", self._producer))
+        self._serial = None if serial is None else checks.text("serial", serial)
+        self._triggered = checks.truth("triggered", triggered)
+        if features is not None and not isinstance(features, Mapping):
+            raise ConfigError(expected("features", "a dict from features to values", type(features)))
+        self._features = {checks.text("features", key): value for key, value in (features or {}).items()}
         self.name = f"genicam {serial or 'camera'}"
 
     def open(self) -> Iterator[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import secrets
 import threading
 import time
@@ -113,11 +112,16 @@ class InspectionStream:
     ) -> None:
         if not callable(getattr(detector, "inspect", None)):
             raise ConfigError(expected("detector", "a Detector", type(detector)))
-        if policy not in POLICIES:
+        if not isinstance(policy, str) or policy not in POLICIES:
             raise ConfigError(expected("policy", f"one of {list(POLICIES)}", policy))
         if drift is not None and not isinstance(drift, Drift):
             raise ConfigError(expected("drift", "a Drift", type(drift)))
-        self._detector, self._source, self._maps, self._drift = detector, as_source(source), maps, drift
+        if backoff is not None and not isinstance(backoff, Backoff):
+            raise ConfigError(expected("backoff", "a Backoff", type(backoff)))
+        if not isinstance(sinks, Sequence) or not all(isinstance(sink, Sink | Background) for sink in sinks):
+            raise ConfigError(expected("sinks", "a list of sinks of advrad_fast.line.sinks", sinks))
+        self._detector, self._source, self._drift = detector, as_source(source), drift
+        self._maps = checks.truth("maps", maps)
         settings = ReaderSettings(
             deadline=None if deadline_ms is None else _seconds("deadline_ms", deadline_ms),
             open_timeout=_seconds("open_timeout_ms", open_timeout_ms),
@@ -126,9 +130,6 @@ class InspectionStream:
             max_hanging=_count("max_hanging", max_hanging, 0),
             backoff=backoff or Backoff(),
         )
-        for sink in sinks:
-            if not isinstance(sink, Sink | Background):
-                raise ConfigError(expected("sinks", "sinks of advrad_fast.line.sinks", type(sink)))
         self._deliveries = [sink if isinstance(sink, Background) else Delivery(sink) for sink in sinks]
         self._reader = Reader(self._source, settings)
         self._run = f"{time.time_ns():x}-{secrets.token_hex(4)}"
@@ -291,13 +292,8 @@ def _close_all() -> None:
 
 
 def _seconds(name: str, milliseconds: Any) -> float:
-    real = isinstance(milliseconds, int | float) and not isinstance(milliseconds, bool)
-    if not real or not math.isfinite(milliseconds) or not 1.0 <= milliseconds <= 3.6e6:
-        raise ConfigError(expected(name, "a number of milliseconds in [1, 3600000]", milliseconds))
-    return float(milliseconds) / 1e3
+    return checks.number(name, milliseconds, 1.0, 3_600_000.0, "a number of milliseconds") / 1e3
 
 
 def _count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 10_000:
-        raise ConfigError(expected(name, f"an integer in [{least}, 10000]", value))
-    return value
+    return checks.integer(name, value, least, 10_000)

@@ -37,6 +37,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def main() -> None:
     root, cases = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).read_text().splitlines()
+    import ray  # noqa: F401  # its own imports try for IPv6; what the command does with it is watched
+
     allowed: list[str] = []
     seen = watch(allowed)
     from advrad_fast.cli import main as command

@@ -54,40 +54,58 @@ RUN: dict[str, list[str]] = {
     "--seed": WHOLE,
     "--cache": ["cache", "../in/model", ""],
 }  # fmt: skip
+REGION = ["../in/region.png", "../in/dark.png", "../in/frames/good.png", "../in/damaged", "../in/missing", "../in", ""]
+ROI = {"--roi": REGION, "--roi-on-part": REGION}
+RAY = {"--ray": ["x", "", ":", "nowhere:x", "http://x", "auto:"]}  # none is reached, so that nothing is asked of the network
+DRIFT = {
+    "--no-drift": [], "--drift-state": ["new/state", *FILES, "../in/hostile.json", "../in/model"], "--drift-rate": NUMBERS,
+    "--drift-contamination": NUMBERS,
+}  # fmt: skip
 #: Arguments, and options that each may be there or not.
 COMMANDS: list[tuple[list[list[str]], dict[str, list[str]]]] = [
     (
         [["inspect"], MODELS, FRAMES, FRAMES],
-        {**RUN, "--json": FILES, "--csv": FILES, "--overlay": FILES, "--threshold": NUMBERS, "--false-alarm-rate": NUMBERS},
+        {**RUN, **ROI, **RAY, "--json": FILES, "--csv": FILES, "--overlay": FILES, "--threshold": NUMBERS,
+         "--false-alarm-rate": NUMBERS},
     ),
     (
         [["certify"], ["../in/certifiable", *MODELS], FRAMES, ["--max-votes=20", *(f"--max-votes={n}" for n in WHOLE)]],
-        {**RUN, "--radius": NUMBERS, "--alpha": NUMBERS, "--sigma": NUMBERS, "--threshold": NUMBERS, "--json": FILES},
+        {**RUN, **RAY, "--radius": NUMBERS, "--alpha": NUMBERS, "--sigma": NUMBERS, "--threshold": NUMBERS, "--json": FILES},
     ),
     ([["certify"], MODELS], {"--fit": ["../in/none", "../in/missing"], "--sigma": NUMBERS, "--out": FILES}),
     (
         [["evaluate"], MODELS, DATA],
-        {**RUN, "--dataset": ["mvtec", "visa", "btad", "folder"], "--category": ["..", "../bait", "x"], "--json": FILES,
-         "--report": ["report", *FILES]},
+        {**RUN, **ROI, **RAY, "--dataset": ["mvtec", "visa", "btad", "folder"], "--category": ["..", "../bait", "x"],
+         "--json": FILES, "--report": ["report", *FILES]},
     ),
     (
         [["evaluate"], ["../in/certifiable", *MODELS], DATA, ["--certified"], ["--votes=5", *(f"--votes={n}" for n in WHOLE)]],
-        {**RUN, "--json": FILES, "--sigma": NUMBERS, "--radii": NUMBERS, "--alpha": NUMBERS, "--scores": ["state", *FILES],
+        {**RUN, **RAY, "--json": FILES, "--sigma": NUMBERS, "--radii": NUMBERS, "--alpha": NUMBERS, "--scores": ["state", *FILES],
          "--plot": ["a.svg", "new/a.svg"]},
+    ),
+    (
+        [["evaluate"], MODELS, DATA, ["--robust"], ["--limit=1"], ["--attack-steps=1"], ["--eot=1"], ["--sanity=1"]],
+        {**RUN, **RAY, "--budgets": ["linf 2/255", "l2 0.2", "linf 0", "l2 -1", "linf 1/0", "x 1", ",", ""],
+         "--attacks": ["pgd", "square", "pgd,pgd", "transfer", "x", ""], "--queries": ["2", "0", "-1", "x"],
+         "--restarts": ["1", "2", "0", "x"], "--surfaces": ["prepared", "camera", "prepared,camera", "x", ""],
+         "--transfer-model": MODELS, "--results": ["new/rows", *FILES, "../in/hostile.json"], "--device": ["cpu", "x", ""],
+         "--json": FILES, "--report": ["report", *FILES]},
     ),
     (
         [["stream"], MODELS, ["../in/damaged", "../in/frames/good.png", "../in/missing", "../in/empty",
          "genicam:../in/model", "genicam:"]],
-        {**RUN, "--jsonl": FILES, "--sqlite": FILES, "--mqtt": ["x", "mqtt:", "http://x", "mqtt://[", "mqtt://x:99999"],
+        {**RUN, **ROI, **DRIFT, "--jsonl": FILES, "--sqlite": FILES, "--mqtt": ["x", "mqtt:", "http://x", "mqtt://[", "mqtt://x:99999"],
          "--policy": ["auto", "queue", "newest", "x"], "--deadline-ms": ["1000", "0", "-1", "nan", "x"], "--threshold": NUMBERS,
          "--limit": ["1", "0", "x"]},
     ),
-    ([["stream"], MODELS, ["../in/frames"], ["--existing"], ["--limit=2"]], {**RUN, "--jsonl": FILES, "--sqlite": FILES}),
+    (
+        [["stream"], MODELS, ["../in/frames"], ["--existing"], ["--limit=2"]],
+        {**RUN, **ROI, **DRIFT, "--jsonl": FILES, "--sqlite": FILES},
+    ),
     (
         [["watch"], MODELS, ["../in/missing", "../in/none/x"]],
-        {**RUN, "--listen": ["127.0.0.1:0", "x", ":", "[::1]:99999", ""], "--token-file": ["../in/empty", "../in/damaged",
-         "../in"],
-         "--per-second": NUMBERS},
+        {**RUN, **ROI, **DRIFT, "--listen": ["127.0.0.1:0", "x", ":", "[::1]:99999", ""],
+         "--token-file": ["../in/empty", "../in/damaged", "../in"], "--per-second": NUMBERS},
     ),
     (
         [["compile"], MODELS],
@@ -102,6 +120,20 @@ COMMANDS: list[tuple[list[list[str]], dict[str, list[str]]]] = [
     (
         [["bench"], ["../in/damaged", "../in/missing", "../in/empty"]],
         {"--parts": ["x", ""], "--seconds": NUMBERS, "--json": FILES, "--frames": FRAMES},
+    ),
+    (
+        [["recalibrate"], MODELS, ["../in/data/train/good", *FRAMES]],
+        {**RUN, **ROI, "--out": ["new/model", *FILES, "../in/model"], "--force": [], "--mu": [], "--false-alarm-rate": NUMBERS},
+    ),
+    ([["selftest"], MODELS], {**RUN, "--record": [], "--out": ["new/model", *FILES, "../in/model"], "--force": []}),
+    (
+        [["demo"], ["--limit=1"]],
+        {"--out": ["report", *FILES], "--backend": ["cpu", "x"], "--prepare": ["cells", *FILES, "../in/model"]},
+    ),
+    (
+        [["serve"], ["../in/damaged", "../in/missing", "../in/empty", "../in/pickle"]],
+        {**RUN, **ROI, **RAY, "--host": ["127.0.0.1", "0.0.0.0", "x", ""], "--port": ["0", "-1", "99999", "x"],
+         "--replicas": WHOLE, "--max-batch": WHOLE, "--wait-ms": NUMBERS, "--max-bytes": WHOLE},
     ),
     ([["backends"]], {"--json": FILES}),
     ([], {"--version": [], "--help": [], "-v": []}),
@@ -125,7 +157,8 @@ def command_line(rng: np.random.Generator) -> list[str]:
             value = one(values) if values and rng.random() < 0.95 else word() if values else ""
             words.append([f"{option}={value}"] if values and rng.random() < 0.2 else [option, value] if values else [option])
     flat = [each for group in words for each in group]
-    kept = len(positional) if flat[:1] in (["stream"], ["watch"], ["bench"]) else 0  # what makes them end, soon
+    endless = flat[0] in ("stream", "watch", "bench", "serve", "demo") or "--robust" in flat if flat else False
+    kept = len(positional) if endless else 0  # what makes them end, soon
     for _ in range(rng.integers(1, 4) if rng.random() < 0.33 else 0):
         kind = rng.integers(4)
         if kind == 0 or len(flat) == kept:
@@ -160,6 +193,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (there / "hostile.json").write_text('{"a":' * 2000)
     (there / "link").symlink_to("/etc/passwd")
     Image.fromarray(disc(rng, 32)).save(there / "frames" / "good.png")
+    for name, value in (("region", 255), ("dark", 0)):
+        Image.fromarray(np.pad(np.full((16, 16), value, np.uint8), 8)).save(there / f"{name}.png")
     Image.fromarray(scratched(rng, 32)).save(there / "frames" / "bad.png")
     Image.fromarray(disc(rng, 32)).save(there / "frames" / "\udce9.png")  # a name that is not UTF-8
     dataset(there / "data", train=2, good=2, bad=2, size=32)
@@ -188,7 +223,7 @@ def run(folder: Path, cases: list[list[str]]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("count", [pytest.param(50, id="quick"), pytest.param(5_000, id="long", marks=pytest.mark.slow)])
 def test_command_lines(folder: Path, count: int) -> None:
     numbers = range(count) if VARIABLE not in os.environ else [int(os.environ[VARIABLE])]
-    cases = [command_line(np.random.default_rng((0, number))) for number in numbers]
+    cases = [command_line(np.random.default_rng((3, number))) for number in numbers]
     results = run(folder, cases)
     for case, result in zip(cases, results, strict=True):
         if result["code"] == 1 and not {"inspect", "certify", "stream", "watch"} & set(case):

@@ -42,7 +42,7 @@ OTHERS = {
     ("cli", "demo", "__main__"): "test_fuzz_commands.py",
     ("evaluation.report", "evaluation.robust", "evaluation.certified_attack"): "the command line's own",
     ("spread", "batch", "serving"): "a cluster's: tests/test_spread*.py",
-    ("line",): "a running line's: tests/test_line_*.py, test_drift.py, test_stream.py, test_watch*.py",
+    ("line",): "test_fuzz_line.py",
 }
 
 MODEL = certifiable(without_norm(tiny_model()), 0.125, 0.25)
@@ -408,12 +408,12 @@ QUICK = settings(
 LONG = settings(QUICK, max_examples=2_000, derandomize=True)
 
 
-def call(function: Callable[..., Any], data: st.DataObject) -> None:
+def call(function: Callable[..., Any], data: st.DataObject, sense: dict[str, st.SearchStrategy[Any]] = SENSE) -> None:
     positional, named = [], {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.default is not parameter.empty and data.draw(st.booleans()):
             continue
-        value = data.draw(SENSE[parameter.name] if data.draw(st.integers(0, 2)) else anything, label=parameter.name)
+        value = data.draw(sense[parameter.name] if data.draw(st.integers(0, 2)) else anything, label=parameter.name)
         if parameter.kind is parameter.KEYWORD_ONLY or parameter.default is not parameter.empty:
             named[parameter.name] = value
         else:

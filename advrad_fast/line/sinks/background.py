@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from dataclasses import replace
 
+from advrad_fast import checks
 from advrad_fast.errors import ConfigError, SinkError, expected
 from advrad_fast.line.results import StreamInspection
 from advrad_fast.line.sinks.base import Sink
@@ -24,15 +25,16 @@ class Background:
         sink: any other one.
         waiting: results that may wait; beyond it new ones are lost, and counted.
         closing_s: seconds that closing waits for the sink; what it has not taken by then is lost, and reported.
+
+    Raises:
+        ConfigError: an argument is out of range or of the wrong type.
     """
 
     def __init__(self, sink: Sink, *, waiting: int = WAITING, closing_s: float = 5.0) -> None:
         if not isinstance(sink, Sink):
             raise ConfigError(expected("sink", "a sink of advrad_fast.line.sinks", type(sink)))
-        if isinstance(waiting, bool) or not isinstance(waiting, int) or waiting < 1:
-            raise ConfigError(expected("waiting", "an integer of at least 1", waiting))
-        self.sink, self._closing = sink, closing_s
-        self._most = waiting
+        self.sink, self._closing = sink, checks.number("closing_s", closing_s, 0.0, 3600.0, "a number of seconds")
+        self._most = checks.integer("waiting", waiting, 1)
         self._delivery = Delivery(sink, waiting=waiting)
         self._changed = threading.Condition()
         self._queue: deque[StreamInspection] = deque()

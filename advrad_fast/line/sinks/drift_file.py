@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+from advrad_fast import checks
 from advrad_fast.errors import ConfigError, expected
 from advrad_fast.line.drift import Drift
 from advrad_fast.line.results import StreamInspection
@@ -22,16 +23,19 @@ class DriftFile:
         every_s: seconds between two times of saving, > 0.
 
     Raises:
-        ConfigError: ``every_s`` is out of range.
+        ConfigError: an argument is out of range or of the wrong type.
     """
 
     retry = False  # the next time saves all there is
 
     def __init__(self, drift: Drift, path: str | os.PathLike[str], *, every_s: float = 10.0) -> None:
-        if isinstance(every_s, bool) or not isinstance(every_s, int | float) or not 0.0 < every_s <= 1e6:
+        if not isinstance(drift, Drift):
+            raise ConfigError(expected("drift", "a Drift", type(drift)))
+        self._every = checks.finite("every_s", every_s)
+        if not 0.0 < self._every <= 1e6:
             raise ConfigError(expected("every_s", "a number of seconds in (0, 1e6]", every_s))
-        self.name = f"drift {os.fspath(path)}"
-        self._drift, self._path, self._every = drift, path, float(every_s)
+        self._drift, self._path = drift, checks.path("path", path)
+        self.name = f"drift {self._path}"
         self._last = time.monotonic()
 
     def write(self, result: StreamInspection) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from advrad_fast import checks
 from advrad_fast.errors import SinkError
 from advrad_fast.line.results import StreamInspection
 
@@ -21,18 +22,20 @@ class JsonLines:
         fsync: wait for the disk after every line: milliseconds each.
 
     Raises:
+        ConfigError: an argument is of the wrong type.
         SinkError: the file cannot be opened for appending.
     """
 
     retry = True
 
     def __init__(self, path: str | os.PathLike[str], *, fsync: bool = False) -> None:
-        self.name = f"json lines {os.fspath(path)}"
-        self._fsync = fsync
+        file = checks.path("path", path)
+        self.name = f"json lines {file}"
+        self._fsync = checks.truth("fsync", fsync)
         self._cut_short = True  # the last line may be
         try:
             # Unbuffered: a line that failed must not come out of a buffer later.
-            self._file = Path(path).open("ab+", buffering=0)  # noqa: SIM115  (closed by close)
+            self._file = Path(file).open("ab+", buffering=0)  # noqa: SIM115  (closed by close)
             self._end_last_line()
         except OSError as error:
             raise SinkError(f"{self.name}: {error}") from error

@@ -6,6 +6,7 @@ import json
 import threading
 from typing import Any
 
+from advrad_fast import checks
 from advrad_fast.errors import ConfigError, SinkError, expected
 from advrad_fast.line.results import StreamInspection
 
@@ -27,7 +28,7 @@ class Mqtt:
         closing_s: seconds that :meth:`close` waits for the broker's last receipts.
 
     Raises:
-        ConfigError: the topic or the port cannot be.
+        ConfigError: an argument cannot be.
         ModuleNotFoundError: paho-mqtt is not installed.
     """
 
@@ -44,15 +45,19 @@ class Mqtt:
         tls: bool = False,
         closing_s: float = 5.0,
     ) -> None:
-        if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
-            raise ConfigError(expected("port", "an integer in [1, 65535]", port))
+        host, port = checks.text("host", host), checks.integer("port", port, 1, 65535)
+        for name, value in (("username", username), ("password", password)):
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(expected(name, "a text or None", type(value)))  # not the value: it may be a secret
+        tls = checks.truth("tls", tls)
         if not isinstance(topic, str) or not topic or any(c in topic for c in "+#\0"):
             raise ConfigError(expected("topic", "a name without +, # and NUL", topic))
         from paho.mqtt.client import Client
         from paho.mqtt.enums import CallbackAPIVersion
 
         self.name = f"mqtt {host}:{port} {topic}"
-        self._topic, self._closing = topic, closing_s
+        self._topic = topic
+        self._closing = checks.number("closing_s", closing_s, 0.0, 3600.0, "a number of seconds")
         self._changed = threading.Condition()
         self._waiting: set[int] = set()
         self._early: set[int] = set()  # receipts that came before publish() had returned

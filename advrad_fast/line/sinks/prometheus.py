@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from advrad_fast import checks
 from advrad_fast.detector import Outcome
-from advrad_fast.errors import ConfigError, SinkError, expected
+from advrad_fast.errors import SinkError
 from advrad_fast.line.drift import Direction
 from advrad_fast.line.results import StreamInspection
 
@@ -22,7 +23,7 @@ class Prometheus:
         host: the address to listen on: this machine's own by default.  Metrics are not secret from whoever can reach it.
 
     Raises:
-        ConfigError: the port cannot be.
+        ConfigError: the host or the port cannot be.
         SinkError: the address is taken, or not this machine's.
         ModuleNotFoundError: prometheus_client is not installed.
     """
@@ -30,8 +31,7 @@ class Prometheus:
     retry = False
 
     def __init__(self, port: int = 9108, *, host: str = "127.0.0.1") -> None:
-        if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65535:
-            raise ConfigError(expected("port", "an integer in [0, 65535]", port))
+        host, port = checks.text("host", host), checks.integer("port", port, 0, 65535)
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
         self.registry = registry = CollectorRegistry()
@@ -48,7 +48,7 @@ class Prometheus:
         self._alarm = Gauge("advrad_drift_alarm", "Whether scores have drifted.", [*source, "direction"], registry=registry)
         try:
             self._server, self._thread = start_http_server(port, addr=host, registry=registry)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
             raise SinkError(f"prometheus {host}:{port}: {error}") from error
         self.host, self.port = host, int(self._server.server_port)
         self.name = f"prometheus {host}:{self.port}"

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import threading
 
+from advrad_fast import checks
 from advrad_fast.errors import SinkError
 from advrad_fast.line.results import ROW_KEYS, StreamInspection, Value
 
@@ -32,16 +33,19 @@ class Sqlite:
         busy_ms: how long to wait for another writer.
 
     Raises:
+        ConfigError: an argument is out of range or of the wrong type.
         SinkError: it cannot be opened, is no database, or holds a table of another version.
     """
 
     retry = True
 
     def __init__(self, path: str | os.PathLike[str], *, busy_ms: float = 1000.0) -> None:
-        self.name = f"sqlite {os.fspath(path)}"
+        file = checks.path("path", path)
+        timeout = checks.number("busy_ms", busy_ms, 0.0, 3_600_000.0, "a number of milliseconds") / 1e3
+        self.name = f"sqlite {file}"
         self._lock = threading.Lock()
         try:
-            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=busy_ms / 1e3)
+            self._database = sqlite3.connect(file, isolation_level=None, check_same_thread=False, timeout=timeout)
             try:
                 self._prepare()
             except BaseException:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import math
 import socket
 import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from advrad_fast import checks
 from advrad_fast.errors import ConfigError, expected
 from advrad_fast.line.results import StreamInspection
 from advrad_fast.line.stream import InspectionStream
@@ -65,16 +65,14 @@ class WatchPage:
         deadline_ms: float = 1000.0,
         hold_ms: float = 3000.0,
     ) -> None:
-        if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65535:
-            raise ConfigError(expected("port", "an integer in [0, 65535]", port))
-        for name, value, low, high in (
-            ("per_second", per_second, 0.1, 60.0),
-            ("deadline_ms", deadline_ms, 1.0, 3.6e6),
-            ("hold_ms", hold_ms, 1.0, 3.6e6),
-        ):
-            real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not real or not low <= value <= high:
-                raise ConfigError(expected(name, f"a number in [{low:g}, {high:g}]", value))
+        host, port = checks.text("host", host), checks.integer("port", port, 0, 65535)
+        self._pause = 1.0 / checks.number("per_second", per_second, 0.1, 60.0)
+        deadline, hold = (
+            checks.number(name, value, 1.0, 3.6e6) / 1e3 for name, value in (("deadline_ms", deadline_ms), ("hold_ms", hold_ms))
+        )
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise ConfigError(expected("names", "a list of names", names))
+        names = [checks.text("names", name) for name in names]
         from advrad_fast.line.watch.access import check_token, new_token
         from advrad_fast.line.watch.server import Server, bound
 
@@ -83,9 +81,7 @@ class WatchPage:
         self._given, self._token = given is not None, given if local else given or new_token()
         self.host, self.port = host, int(listener.getsockname()[1])
         self.name = f"page {host}:{self.port}"
-        self._pause = 1.0 / per_second
-        deadline, hold = deadline_ms / 1e3, max(deadline_ms, hold_ms) / 1e3
-        self._board = Board(deadline=deadline, hold=hold, heartbeat=HEARTBEAT)
+        self._board = Board(deadline=deadline, hold=max(deadline, hold), heartbeat=HEARTBEAT)
         self._stream: InspectionStream | None = None
         self._changed = threading.Condition()
         self._news, self._closed = False, threading.Event()

@@ -61,7 +61,7 @@ def bound(host: str, port: int) -> tuple[socket.socket, bool]:
         except BaseException:
             made.close()
             raise
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
         raise SinkError(f"page {host}:{port}: {error}") from error
     return made, ipaddress.ip_address(made.getsockname()[0]).is_loopback
 
