@@ -42,6 +42,7 @@ def main() -> None:
             "stream": lambda: [],
             "stream to JSON lines": lambda: [JsonLines(Path(folder) / f"{next(count)}.jsonl")],
             "stream to SQLite": lambda: [Sqlite(Path(folder) / f"{next(count)}.db")],
+            "stream to SQLite, no fsync": lambda: [Sqlite(Path(folder) / f"{next(count)}.db", fsync=False)],
         }
 
         def alone() -> list[float | None]:

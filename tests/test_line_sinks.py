@@ -246,15 +246,16 @@ from streams import detector, frames
 from advrad_fast.line import InspectionStream
 from advrad_fast.line.sinks import JsonLines, Sqlite
 frame = frames(1)[0]
-kind = {"sqlite": Sqlite, "jsonl": JsonLines}[sys.argv[1]]
-with InspectionStream(detector(), lambda: frame, policy="queue", maps=False, sinks=[kind(sys.argv[2])]) as stream:
+kind, _, fsync = sys.argv[1].partition(" ")
+sink = {"sqlite": Sqlite, "jsonl": JsonLines}[kind](sys.argv[2], fsync=bool(fsync))
+with InspectionStream(detector(), lambda: frame, policy="queue", maps=False, sinks=[sink]) as stream:
     for result in stream:
         sys.stdout.write(f"{result.run} {result.sequence} {len(result.unstored)}\\n")
         sys.stdout.flush()
 """
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "jsonl"])
+@pytest.mark.parametrize("kind", ["sqlite", "sqlite fsync", "jsonl"])
 @pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_no_acknowledged_row_is_lost_to_kill_9(tmp_path: Path, kind: str, kills: int) -> None:
     path, chance = tmp_path / "out", random.Random(1)
@@ -273,7 +274,7 @@ def test_no_acknowledged_row_is_lost_to_kill_9(tmp_path: Path, kind: str, kills:
         process.stdout.close()
         assert told and all(unstored == "0" for _, _, unstored in told)
         acknowledged |= {(run, int(sequence)) for run, sequence, _ in told}
-    if kind == "sqlite":
+    if kind.startswith("sqlite"):
         with sqlite3.connect(path) as database:
             assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         stored = rows(path)

@@ -206,8 +206,8 @@ def json_lines(path: Any, fsync: Any) -> None:
     used(sinks.JsonLines(path, fsync=fsync))
 
 
-def sqlite(path: Any, busy_ms: Any) -> None:
-    used(sinks.Sqlite(path, busy_ms=busy_ms))
+def sqlite(path: Any, fsync: Any, busy_ms: Any) -> None:
+    used(sinks.Sqlite(path, fsync=fsync, busy_ms=busy_ms))
 
 
 def drift_file(drift: Any, path: Any, every_s: Any) -> None:

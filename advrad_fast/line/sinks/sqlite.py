@@ -25,11 +25,12 @@ _INSERT = f"INSERT INTO inspections VALUES ({', '.join('?' * len(ROW_KEYS))}) ON
 class Sqlite:
     """A row a result in the table ``inspections``, with the columns ``ROW_KEYS``; (run, sequence) is the key.
 
-    Write-ahead log, ``synchronous=FULL``: a row that has been handed over survives ``kill -9`` and, on a disk that tells the
-    truth about what it has written, the machine's power.  Others may read meanwhile.
+    Write-ahead log: a row that has been handed over survives ``kill -9``, and with ``fsync`` also the machine's power, on a disk
+    that tells the truth about what it has written.  Others may read meanwhile.
 
     Args:
         path: the database; made if it is missing.
+        fsync: wait for the disk after every row.  Without it a loss of power takes the last rows, and leaves the database whole.
         busy_ms: how long to wait for another writer.
 
     Raises:
@@ -39,10 +40,11 @@ class Sqlite:
 
     retry = True
 
-    def __init__(self, path: str | os.PathLike[str], *, busy_ms: float = 1000.0) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, fsync: bool = True, busy_ms: float = 1000.0) -> None:
         file = checks.path("path", path)
         timeout = checks.number("busy_ms", busy_ms, 0.0, 3_600_000.0, "a number of milliseconds") / 1e3
         self.name = f"sqlite {file}"
+        self._synchronous = "FULL" if checks.truth("fsync", fsync) else "NORMAL"
         self._lock = threading.Lock()
         try:
             self._database = sqlite3.connect(file, isolation_level=None, check_same_thread=False, timeout=timeout)
@@ -72,7 +74,7 @@ class Sqlite:
         (mode,) = database.execute("PRAGMA journal_mode=WAL").fetchone()
         if mode != "wal":
             raise SinkError(f"{self.name}: expected a file system with a write-ahead log, got journal mode {mode}")
-        database.execute("PRAGMA synchronous=FULL")
+        database.execute(f"PRAGMA synchronous={self._synchronous}")
         database.execute("BEGIN IMMEDIATE")  # two streams may make the table at the same time
         try:
             (version,) = database.execute("PRAGMA user_version").fetchone()
