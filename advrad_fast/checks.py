@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +75,11 @@ def path(name: str, value: object) -> str:
     if not possible:
         raise ConfigError(expected(name, "a path", value))
     return str(made)
+
+
+def several(value: object) -> TypeGuard[Iterable[Any]]:
+    """Whether it holds things to go through.  Text is one thing here; an array of no dimensions is iterable in name only."""
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes) and getattr(value, "ndim", 1) != 0
 
 
 def array(name: str, value: object, error: type[AdvRADError] = ConfigError) -> NDArray[Any]:

@@ -29,7 +29,7 @@ from advrad_fast import backends, calibrate, gpu_frames, images, philox, selftes
 from advrad_fast.backends import Votes
 from advrad_fast.backends.checked import checked_score, float32_below
 from advrad_fast.certify import Certificate, DecisionTest
-from advrad_fast.checks import finite, truth
+from advrad_fast.checks import finite, several, truth
 from advrad_fast.errors import AdvRADError, ConfigError, ImageError, InferenceError, PartNotFoundError, expected
 from advrad_fast.model import ModelFile
 from advrad_fast.roi import Roi, fitting, warn_of_another
@@ -299,7 +299,7 @@ class Detector:
             ImageError: ``frames`` is not iterable.
             ConfigError: as :meth:`inspect`.
         """
-        if not isinstance(frames, Iterable) or (isinstance(frames, np.ndarray) and frames.ndim == 0):
+        if not several(frames):
             raise ImageError(expected("frames", "an iterable of frames", type(frames)))
         results: list[Inspection] = []
         for frame in frames:

@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
-
+from advrad_fast.checks import several
 from advrad_fast.errors import ImageError, expected
 
 StrPath: TypeAlias = str | os.PathLike[str]
@@ -30,9 +29,7 @@ def list_images(paths: StrPath | Iterable[StrPath]) -> list[Path]:
     Raises:
         ImageError: no path at all, or one that stands for no image.
     """
-    if isinstance(paths, bytes):
-        raise ImageError(expected("paths", "a path or several", paths))
-    if not isinstance(paths, str | os.PathLike | Iterable) or (isinstance(paths, np.ndarray) and paths.ndim == 0):
+    if not isinstance(paths, str | os.PathLike) and not several(paths):
         raise ImageError(expected("paths", "a path or several", paths))
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not given:

@@ -97,7 +97,7 @@ def recalibrate(
     """
     if not isinstance(model, ModelFile):
         raise ConfigError(expected("model", "a ModelFile", type(model)))
-    if isinstance(frames, str | bytes) or not isinstance(frames, Sequence | np.ndarray):
+    if not checks.several(frames) or not isinstance(frames, Sequence | np.ndarray):
         raise ConfigError(expected("frames", "a sequence of frames", type(frames)))
     rate = model.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
     needed = frames_needed(rate, mu=mu)  # refuses both

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advrad_fast import calibrate
-from advrad_fast.checks import share
+from advrad_fast.checks import several, share
 from advrad_fast.config import SPREAD_FLOOR, TilingConfig
 from advrad_fast.detector import Detector
 from advrad_fast.errors import CalibrationError, ConfigError, ImageError, PartNotFoundError, expected
@@ -72,7 +72,7 @@ def fit_tiling(
     if model.tiling is not None and model.tiling.frame is not None:
         raise ConfigError("model: expected one whose normal map is a tile's, got one with normal maps by position")
     for name, frames in (("calibration", calibration), ("normals", normals if normals is not None else ())):
-        if not isinstance(frames, Iterable) or (isinstance(frames, np.ndarray) and frames.ndim == 0):
+        if not several(frames):
             raise ImageError(expected(name, "an iterable of frames", type(frames)))
     target = model.false_alarm_rate if false_alarm_rate is None else share("false_alarm_rate", false_alarm_rate)
     tiling = TilingConfig(default_overlap(image.height, image.width) if overlap is None else overlap)

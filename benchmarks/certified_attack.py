@@ -4,9 +4,9 @@
     python benchmarks/certified_attack.py MODEL DATA --sigma 0.25 --votes 256 --scores FILE --threshold 5.63
 
 Each image with a certificate at ``--radius`` or further is attacked to the edge of the largest radius that its own draws certify
-(fixed number of votes, alpha 0.001).  One row an image, appended as it is made; what the rows hold is not done again, so a run
-may be stopped at any time.  The images nearest to losing their certificate come first, OK and DEFECT in turn.  The file of scores
-is made if there is none.
+(fixed number of votes, alpha 0.001), on the prepared image, of which the certificate speaks.  One row an image, appended as it is
+made; what the rows hold is not done again, so a run may be stopped at any time.  The images nearest to losing their certificate
+come first, OK and DEFECT in turn.  The file of scores is made if there is none.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from advrad_fast.evaluation.certified import draw_scores
 from advrad_fast.evaluation.certified_attack import attack_certified
 from advrad_fast.evaluation.datasets import Sample, load_dataset
 from advrad_fast.evaluation.evaluate import sample_name
+from advrad_fast.evaluation.robust import prepared_model
 from advrad_fast.evaluation.rows import append_line
-from advrad_fast.images import load_image
+from advrad_fast.images import load_image, prepare
 
 RESULTS = Path(__file__).parent / "results" / "certified-attack.jsonl"
 
@@ -71,6 +72,7 @@ def main() -> None:
     detector = Detector.load(options.model)
     head = {"data": options.data.name, **{key: getattr(options, key) for key in ("sigma", "factor", "steps", "eot")}}
     made = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    prepared = Detector(prepared_model(detector.model))
     tail = {"backend": detector.backend, "commit": commit(), "machine": machine()}
     for sample, certificate, share in itertools.islice(certified(options, detector), options.limit):
         image = {**head, "threshold": certificate.threshold, "image": sample_name(sample.path)}
@@ -78,7 +80,7 @@ def main() -> None:
             continue
         start, used = time.perf_counter(), time.process_time()
         (found,) = attack_certified(
-            detector, [load_image(sample.path)], [certificate],
+            prepared, [prepare(load_image(sample.path), detector.model.config.image).image], [certificate],
             steps=options.steps, eot=options.eot, votes=options.check, factor=options.factor,
         )  # fmt: skip
         row = {

@@ -46,6 +46,7 @@ def test_lower_bound_in_exact_fractions(k: int, n: int, alpha: float) -> None:
 def test_bounds_by_hand() -> None:
     assert float(certify.lower_bound(100, 100, 0.001)) == pytest.approx(0.001**0.01, rel=1e-14)
     assert float(certify.lower_bound(1, 100, 0.001)) == pytest.approx(1 - 0.999**0.01, rel=1e-12)
+    assert float(certify.lower_bound(2, 192, 1e-320)) == 0.0  # no NaN where the solver has no digits left
     np.testing.assert_array_equal(certify.lower_bound([0, 5], 5, 0.05), [0.0, certify.lower_bound(5, 5, 0.05)])
 
 

@@ -109,6 +109,10 @@ def test_draws_of_another_run_are_refused(detector: Detector, data: Path, tmp_pa
         file.write_text(f'{head}{{"image": "a", "scores": {scores}}}\n')
         with pytest.raises(InferenceError, match="expected 2 finite scores"):
             certified.draw_scores(detector, test, draws=2, file=file)
+    file.write_text(f'{head}{{"image": "{"x" * 50_000}", "scores": [1.0]}}\n')
+    with pytest.raises(InferenceError) as problem:
+        certified.draw_scores(detector, test, draws=2, file=file)
+    assert len(str(problem.value)) < 1000
 
 
 def test_a_part_that_is_not_found_counts_as_wrong(tmp_path: Path) -> None:

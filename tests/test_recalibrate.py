@@ -92,8 +92,9 @@ def test_too_few_frames_say_how_many_it_takes() -> None:
 def test_bad_frames_and_settings() -> None:
     with pytest.raises(ImageError, match="frame 9: frame: expected"):
         recalibrate(small_model(), [*frames(9), None], **OPTIONS)
-    with pytest.raises(ConfigError, match="frames: expected a sequence"):
-        recalibrate(small_model(), iter(frames(9)), **OPTIONS)  # type: ignore[arg-type]
+    for wrong in (iter(frames(9)), np.array(1.0), "frames"):
+        with pytest.raises(ConfigError, match="frames: expected a sequence"):
+            recalibrate(small_model(), wrong, **OPTIONS)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="false_alarm_rate"):
         recalibrate(small_model(), frames(1), false_alarm_rate=1.0, **OPTIONS)
     with pytest.raises(ConfigError, match="seed"):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from advrad_fast import Detector
 from advrad_fast.cli import main
-from advrad_fast.errors import AttackError, ConfigError, DatasetError
+from advrad_fast.errors import AttackError, BackendUnavailableError, ConfigError, DatasetError
 from advrad_fast.evaluation import robust
 from advrad_fast.evaluation.attacker import RobustSettings
 from advrad_fast.evaluation.datasets import load_dataset
@@ -202,6 +202,10 @@ def test_what_does_not_fit_is_refused(data: Path, tmp_path: Path) -> None:
     posed = Detector(small_model(pose=POSE), backend="reference")
     with pytest.raises(ConfigError, match="make"):
         evaluate_robust(posed, found, tmp_path / "r", QUICK)
+    for device, problem in (("", ConfigError), ("gpu", ConfigError), ("meta", BackendUnavailableError)):
+        with pytest.raises(problem, match="device"):
+            evaluate_robust(detector, found, tmp_path / "r", QUICK, device=device)
+    assert not (tmp_path / "r").exists()
     with pytest.raises(ConfigError, match="surfaces"):
         dataclasses.replace(QUICK, surfaces=("lens",))
     with pytest.raises(DatasetError, match="none of label 1"):

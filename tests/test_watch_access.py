@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from typing import Any
 
+import numpy as np
 import pytest
 from streams import wait_until
 from watching import get
 
+from advrad_fast.errors import ConfigError
 from advrad_fast.line.watch import WatchPage
 
 TOKEN = "a-token-that-is-long-enough"
@@ -30,6 +32,12 @@ def locked() -> Iterator[WatchPage]:
     """A page that other machines can reach."""
     with WatchPage("0.0.0.0", 0, names=["line7.factory.example"]) as shown:
         yield shown
+
+
+@pytest.mark.parametrize("names", ["line7", 7, np.array("line7", dtype=object), [7]])
+def test_names_are_a_list_of_texts(names: Any) -> None:
+    with pytest.raises(ConfigError, match="names"):
+        WatchPage(port=0, names=names)
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,9 @@ def lower_bound(successes: ArrayLike, trials: ArrayLike, alpha: float) -> NDArra
     from scipy.special import betaincinv  # on use only: SciPy takes longer to import than the rest of this package
 
     k, n = check_counts(successes, trials)
-    return np.asarray(np.where(k > 0, betaincinv(np.maximum(k, 1), n - np.maximum(k, 1) + 1, share("alpha", alpha)), 0.0))
+    # The quantile of a subnormal alpha may come out as NaN; 0 is a bound as well.
+    found = np.nan_to_num(betaincinv(np.maximum(k, 1), n - np.maximum(k, 1) + 1, share("alpha", alpha)), nan=0.0)
+    return np.asarray(np.where(k > 0, found, 0.0))
 
 
 def upper_bound(successes: ArrayLike, trials: ArrayLike, alpha: float) -> NDArray[np.float64]:

@@ -179,7 +179,7 @@ def _kept(file: Path, header: dict[str, Any], draws: int) -> dict[str, NDArray[n
         raise ConfigError(f"{file}: not a file of draws: {clip(str(error))}") from error
     for name, row in kept.items():
         if row is not None and (row.shape != (draws,) or not np.isfinite(row).all()):
-            raise InferenceError(f"{file}: {name}: expected {draws} finite scores")
+            raise InferenceError(f"{file}: {clip(name)}: expected {draws} finite scores")
     return kept
 
 

@@ -103,6 +103,7 @@ def evaluate_robust(
 
     Raises:
         ConfigError: settings that do not fit the model.
+        BackendUnavailableError: PyTorch cannot compute on ``device``.
         DatasetError: the test set has no good or no bad images.
         SpreadError: the cluster can't be used, or a worker runs another backend than ``detector``.
     """
@@ -113,6 +114,10 @@ def evaluate_robust(
         raise ConfigError("make: expected a function, as this model aligns or brightens, or ray is given, got None")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise ConfigError(expected("threads", "None or an integer of at least 1", threads))
+    if ray is None:
+        from advrad_fast.reference.device import torch_device
+
+        torch_device(device)  # refuses it before any work is done
     if ("transfer" in settings.attacks) != (other is not None):
         raise ConfigError(expected("other", "a model exactly where 'transfer' is among the attacks", other and "a model"))
     if other is not None and _size(other) != _size(model):

@@ -77,7 +77,7 @@ class Frames:
     restartable = False
 
     def __init__(self, iterable: Iterable[Any], *, name: str = "frames", live: bool = False, copy: bool = True) -> None:
-        if not isinstance(iterable, Iterable) or isinstance(iterable, str | bytes):
+        if not checks.several(iterable):
             raise ConfigError(expected("iterable", "an iterable of frames", type(iterable)))
         self.name, self.live = checks.text("name", name), checks.truth("live", live)
         self._frames, self._copy = iterable, checks.truth("copy", copy)
@@ -128,7 +128,7 @@ def as_source(source: object) -> Source:
         return source
     if callable(source):
         return Calls(source)
-    if isinstance(source, Iterable) and not isinstance(source, str | bytes):
+    if checks.several(source):
         return Frames(source)
     raise ConfigError(expected("source", "a source of advrad_fast.line, an iterable or a callable", source))
 

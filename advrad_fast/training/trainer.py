@@ -31,6 +31,7 @@ from advrad_fast import schedule
 from advrad_fast.config import DiffusionConfig, UNetConfig
 from advrad_fast.errors import TrainingError, expected
 from advrad_fast.files import write_atomically
+from advrad_fast.reference.device import torch_device
 from advrad_fast.reference.diffusion import normalise
 from advrad_fast.training.batchnorm import training_network
 from advrad_fast.training.settings import TrainSettings
@@ -101,7 +102,7 @@ class Trainer:
             raise TrainingError(expected("timestep_high", f"below T = {diffusion.timesteps}", settings.timestep_high))
         self.settings, self.unet, self.diffusion = settings, unet, diffusion
         self.checkpoint, self.rank, self.world_size = checkpoint, rank, world_size
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.images = torch.from_numpy(images)
         self.bf16 = uses_bf16(settings.precision, self.device)
         self.step = 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from limits import limited
 
 #: To run one case alone: its number.
@@ -56,6 +57,8 @@ def fuzz(
                 again = f"{VARIABLE}={case} python -m pytest -m 'slow or not slow' '{test}'"
                 raise AssertionError(f"case {case} of seed {seed}: {what}\nagain: {again}") from problem
     trace.unlink()
+    if VARIABLE in os.environ:
+        pytest.skip(f"case {chosen[0]} passes")
     return accepted
 
 

@@ -208,6 +208,7 @@ def run(folder: Path, cases: list[list[str]]) -> list[dict[str, Any]]:
     (folder / "cases").write_text("".join(json.dumps(case) + "\n" for case in cases))
     environment = {
         **os.environ,
+        "PYTHONFAULTHANDLER": "1",  # a crash says where
         "ADVRAD_CACHE": str(folder / "cache"),
         "TMPDIR": str(folder / "tmp"),
         "HOME": str(folder / "home"),

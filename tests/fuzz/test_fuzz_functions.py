@@ -305,7 +305,7 @@ REASONS: dict[str, dict[str, str]] = {
     "what the functions above check with": {
         "certify.betting": "check_votes log_wealth",
         "certify.bounds": "check_counts check_radius",
-        "checks": "finite share integer truth array floats",
+        "checks": "finite share integer truth number text path several array floats",
         "errors": "expected",
         "images": "check_size",
         "lattice": "check_sigma",

@@ -17,6 +17,7 @@ from advrad_fast.config import DetectorConfig
 from advrad_fast.errors import ImageError, InferenceError, expected
 from advrad_fast.model import ModelFile
 from advrad_fast.reference import diffusion, score
+from advrad_fast.reference.device import torch_device
 from advrad_fast.reference.unet import UNet
 from advrad_fast.schedule import Coefficients
 
@@ -53,7 +54,7 @@ class ScorePipeline:
         if threads is not None:
             torch.set_num_threads(threads)
         config = model.config
-        self.device = torch.device(device)
+        self.device = torch_device(device)
         self.autocast = autocast
         with torch.device("meta"):
             network = UNet(config.unet)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from advrad_fast.errors import ImageError, InferenceError, TrainingError, expected
+from advrad_fast.reference.device import torch_device
 
 
 class Baseline(ABC):
@@ -33,7 +34,7 @@ class Baseline(ABC):
 
     def to(self, device: str | torch.device) -> Self:
         """Run on another device from here on; returns itself."""
-        self.device = torch.device(device)
+        self.device = torch_device(device)
         return self
 
     @abstractmethod

@@ -70,7 +70,7 @@ class WatchPage:
         deadline, hold = (
             checks.number(name, value, 1.0, 3.6e6) / 1e3 for name, value in (("deadline_ms", deadline_ms), ("hold_ms", hold_ms))
         )
-        if isinstance(names, str) or not isinstance(names, Iterable):
+        if not checks.several(names):
             raise ConfigError(expected("names", "a list of names", names))
         names = [checks.text("names", name) for name in names]
         from advrad_fast.line.watch.access import check_token, new_token
