@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--check", type=int, default=256, help="fresh votes at the attacked image (default 256)")
     parser.add_argument("--factor", type=float, default=1.0, help="of the certified radius: above 1, what can the attack do?")
     parser.add_argument("--limit", type=int, help="this many images at most")
+    parser.add_argument("--device", default="cpu", help="for the gradients (default cpu); votes are drawn on this package's")
+    parser.add_argument("--part", metavar="I/N", default="1/1", help="the Ith of N processes side by side, each with its --out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     detector = Detector.load(options.model)
@@ -74,14 +76,16 @@ def main() -> None:
     made = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
     prepared = Detector(prepared_model(detector.model))
     tail = {"backend": detector.backend, "commit": commit(), "machine": machine()}
-    for sample, certificate, share in itertools.islice(certified(options, detector), options.limit):
+    part, parts = (int(number) for number in options.part.split("/"))
+    chosen = itertools.islice(certified(options, detector), part - 1, options.limit, parts)
+    for sample, certificate, share in chosen:
         image = {**head, "threshold": certificate.threshold, "image": sample_name(sample.path)}
         if any(image.items() <= row.items() for row in made):
             continue
         start, used = time.perf_counter(), time.process_time()
         (found,) = attack_certified(
             prepared, [prepare(load_image(sample.path), detector.model.config.image).image], [certificate],
-            steps=options.steps, eot=options.eot, votes=options.check, factor=options.factor,
+            steps=options.steps, eot=options.eot, votes=options.check, factor=options.factor, device=options.device,
         )  # fmt: skip
         row = {
             **image,
@@ -95,6 +99,7 @@ def main() -> None:
             "attacked_defect_share": found.share,
             "attacked": "DEFECT" if found.share > 0.5 else "OK",
             "flipped": found.flipped,
+            "device": options.device,
             "seconds": round(time.perf_counter() - start, 1),
             "cpu_seconds": round(time.process_time() - used, 1),
             **tail,

@@ -144,6 +144,23 @@ def test_frames_of_pytorch_are_read_where_they_are(detector: Detector) -> None:
     assert same(detector.inspect(large, seed=5), detector.inspect(large.cpu().numpy(), seed=5))
 
 
+def test_frames_of_cupy_are_read_where_they_are(detector: Detector) -> None:
+    """Written on another stream, just before, behind work that takes milliseconds."""
+    cupy = pytest.importorskip("cupy")
+    wanted = [detector.inspect(frame, seed=5) for frame in (FRAME, FRAME[::-1].copy())]
+    there = cupy.asarray(FRAME)
+    assert same(detector.inspect(there, seed=5), wanted[0])
+    side, busy = cupy.cuda.Stream(non_blocking=True), cupy.random.rand(4096, 4096, dtype=cupy.float32)
+    cupy.cuda.Device().synchronize()
+    for _ in range(5):
+        with side:
+            target = cupy.zeros_like(there)
+            for _ in range(20):
+                busy = (busy @ busy).clip(0, 1)
+            target[...] = there[::-1]
+            assert same(detector.inspect(target, seed=5), wanted[1])
+
+
 @pytest.mark.parametrize("channels", [3, 1])
 def test_votes_equal_the_cpus(make: Callable[..., Any], channels: int) -> None:
     config, image = settings(prediction="x0", channels=channels), frames()[4, ..., :channels]
