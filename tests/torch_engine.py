@@ -51,6 +51,7 @@ class TorchEngine:
         patch.setitem(sys.modules, "tensorrt_rtx", None)
         self.trt = FakeTensorRT("tensorrt", "10.3.0").install(patch)
         self.trt.execute = self._enqueue
+        self._pool = torch.cuda.MemPool()  # what a CUDA graph of the backend's reads and writes, empty_cache() leaves alone
         patch.setattr(tensorrt_build, "build_typed_graph", self._noted)
         self._build = build_typed_graph
 
@@ -70,7 +71,8 @@ class TorchEngine:
     def _enqueue(self, model: bytes, shape: tuple[int, ...], addresses: dict[str, int], stream: int) -> None:
         network, typestr, dtype, timestep = NETWORKS[hashlib.sha256(model).hexdigest()]
         half = dtype != torch.float32
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream)), torch.no_grad(), torch.autocast("cuda", dtype, enabled=half):
+        pool, there = torch.cuda.use_mem_pool(self._pool), torch.cuda.stream(torch.cuda.ExternalStream(stream))
+        with pool, there, torch.no_grad(), torch.autocast("cuda", dtype, enabled=half):
             memory = (torch.as_tensor(_Memory(addresses[name], shape, typestr), device="cuda") for name in ("x", "output"))
             x, output = (each.view(dtype) for each in memory)
             output.copy_(network(x, timestep.expand(len(x))))
