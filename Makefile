@@ -19,7 +19,7 @@ check: $(VENV)/.stamp
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy kernels
 
-# Hostile input, 355,000 cases, and 100,000 frames in one process: docs/reliability.md.  Neither is quick.
+# Hostile input, over 500,000 cases, and 100,000 frames in one process: docs/reliability.md.  Neither is quick.
 fuzz: $(VENV)/.stamp
 	$(VENV)/bin/python -m pytest -q -m slow tests/fuzz
 

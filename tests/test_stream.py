@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import os
 import subprocess
@@ -125,6 +126,18 @@ def test_the_policy_can_be_chosen(model: Detector) -> None:
     with InspectionStream(model, iter(frames(9)), policy="newest") as stream:
         wait_until(lambda: stream.status.read == 9)
         assert [r.sequence for r in stream] == [8]
+
+
+def test_a_full_queue_is_filled_again_once_half_of_it_is_taken(model: Detector) -> None:
+    """In bursts: waking the thread that reads for every frame costs the engine a core for longer than the reading does."""
+    with InspectionStream(model, itertools.repeat(frames(1)[0]), policy="queue", capacity=8) as stream:
+        wait_until(lambda: stream.status.read == 8)
+        for taken in (1, 2, 3):
+            assert next(stream).sequence == taken - 1
+        time.sleep(0.05)
+        assert stream.status.read == 8
+        next(stream)
+        wait_until(lambda: stream.status.read == 12)
 
 
 @pytest.mark.parametrize(("policy", "capacity", "alive"), [("queue", 3, 4), ("newest", 3, 1)])

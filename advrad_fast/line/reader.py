@@ -203,8 +203,12 @@ class Reader:
         sequence, frame, error, at, captured_at = self._events.popleft()
         dropped, self._last = sequence - self._last - 1, sequence
         self._taken += 1
-        self._changed.notify_all()
+        if self._waiting() <= self._settings.capacity // 2:
+            self._changed.notify_all()
         return Event(sequence, dropped, frame, error, at, captured_at)
+
+    def _waiting(self) -> int:
+        return sum(event[1] is not None for event in self._events)
 
     def _add(self, frame: Frame | None, error: AdvRADError | None, lost: int = 0) -> None:
         sequence = self._sequence + lost
@@ -313,14 +317,15 @@ class Reader:
             if item is IDLE:
                 return True
             frame = item if isinstance(item, Frame) else Frame(item)
-            waiting = [event for event in self._events if event[1] is not None]
             if settings.newest:
-                for event in waiting:
+                for event in [event for event in self._events if event[1] is not None]:
                     self._events.remove(event)
-            while not settings.newest and sum(event[1] is not None for event in self._events) >= settings.capacity:
-                self._changed.wait()
-                if self._is_over(attempt):
-                    return False
+            elif self._waiting() >= settings.capacity:
+                # Until half are taken: to wake a thread beside an engine that has every core costs more than what it then does.
+                while self._waiting() > settings.capacity // 2:
+                    self._changed.wait()
+                    if self._is_over(attempt):
+                        return False
             self._add(frame, None, frame.lost)
             return True
 
