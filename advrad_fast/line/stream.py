@@ -84,7 +84,7 @@ class InspectionStream:
             outcome, and an error in it stops nothing.  ``sinks.DriftFile`` keeps its state.
         self_test: run ``Detector.self_test`` before the first frame; while it fails, every frame is an ERROR, and it is run again
             before the next one.
-        capacity: frames that may wait with the policy ``queue``.
+        capacity: frames that may wait with the policy ``queue``; once so many do, the source is read again when half are taken.
         open_timeout_ms: how long opening the source may take.
         backoff: pauses before a source that failed is opened again.
         max_hanging: reads that may hang at the same time, each in a thread that was given up; beyond it the last is waited
