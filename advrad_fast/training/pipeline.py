@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from advrad_fast import calibrate, schedule
+from advrad_fast import __version__, calibrate, schedule
 from advrad_fast.config import DetectorConfig, DiffusionConfig, ImageConfig, UNetConfig
 from advrad_fast.errors import ConfigError, TrainingError, expected
 from advrad_fast.evaluation.datasets import Dataset, load_dataset
@@ -162,7 +161,7 @@ def train(
             "settings": str(train_settings.to_json()),
             "images": len(paths),
             "data_sha256": split.data_hash,
-            "advrad_fast": version("advrad-fast"),
+            "advrad_fast": __version__,
             "torch": str(torch.__version__),  # a subclass of str, which ModelFile refuses
             "numpy": np.__version__,
             "machine": platform.machine(),
