@@ -143,12 +143,15 @@ def test_a_model_without_a_sigma_says_how_to_get_one(tmp_path: Path, images: Pat
 
 def test_fit_then_certify(tmp_path: Path, capsys: Capture) -> None:
     data, plain, out = dataset(tmp_path / "discs", train=14, good=1, bad=1, size=32), tmp_path / "plain", tmp_path / "out"
-    assert run("train", data, "--out", plain, "--size", 32, "--steps", 2, "--batch-size", 2, "--align", "off", "--certify") == 0
+    options = ("--size", 32, "--steps", 2, "--batch-size", 2, "--align", "off", "--no-certify")
+    assert run("train", data, "--out", plain, *options) == 0
     assert ModelFile.load(plain).sigmas == ()
     capsys.readouterr()
-    for options, message in (((), "certify_radius: expected None"), ((0.25, "--radius", 9), "radius: expected one above 0")):
-        radius = () if options else ("--radius", 0.1)
-        assert run("train", data, "--out", tmp_path / "no", "--size", 32, "--align", "off", "--certify", *options, *radius) == 2
+    for options, message in (
+        (("--no-certify", "--radius", 0.1), "certify_radius: expected None"),
+        (("--certify", 0.25, "--radius", 9), "radius: expected one above 0"),
+    ):
+        assert run("train", data, "--out", tmp_path / "no", "--size", 32, "--align", "off", *options) == 2
         assert message in capsys.readouterr().err
     assert run("certify", plain, "--fit", data, "--sigma", 0.25, "--out", out) == 0
     captured = capsys.readouterr()

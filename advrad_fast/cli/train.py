@@ -32,12 +32,12 @@ def add(command: Adder) -> None:
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--seed", type=int, help="of the split, the weights, the batches and the noise")
     parser.add_argument("--full-precision", action="store_true", help="store the weights in fp32 instead of fp16")
-    parser.add_argument(
-        "--certify",
-        type=float,
-        nargs="*",
-        metavar="SIGMA",
-        help="noise levels to certify at (default 0.125 0.25; none: for none)",
+    sigmas = parser.add_mutually_exclusive_group()
+    sigmas.add_argument(
+        "--certify", type=float, nargs="+", metavar="SIGMA", help="noise levels to certify at (default: 0.125 0.25)"
+    )
+    sigmas.add_argument(
+        "--no-certify", dest="certify", action="store_const", const=(), help="at none: the model has no certificates"
     )
     parser.add_argument(
         "--radius",

@@ -115,7 +115,7 @@ COMMANDS: list[tuple[list[list[str]], dict[str, list[str]]]] = [
     (
         [["train"], ["../in/none", "../in/missing", "../in/damaged"]],
         {"--out": ["new/model", *FILES], "--preset": ["fast", "x"], "--size": WHOLE, "--align": ["auto", "x"], "--steps": WHOLE,
-         "--tile": WHOLE, "--certify": NUMBERS, "--dataset": ["mvtec", "visa"], "--category": ["..", "x"]},
+         "--tile": WHOLE, "--certify": NUMBERS, "--no-certify": [], "--dataset": ["mvtec", "visa"], "--category": ["..", "x"]},
     ),
     (
         [["bench"], ["../in/damaged", "../in/missing", "../in/empty"]],
