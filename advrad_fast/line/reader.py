@@ -57,6 +57,8 @@ class _Attempt:
     expires: float | None = None  # when the call that it is in has taken too long; None outside of one
     limit: float | None = None
     task: str = ""
+    connection: Iterator[Any] | None = None
+    error: BaseException | None = None  # that ended the thread
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,9 @@ class Reader:
                 if self._ended or attempt is None:
                     return None
                 wait = self._glance
+                if not self._threads[attempt].is_alive():  # however it ended: nothing more would come
+                    self._replace(attempt)
+                    continue
                 if attempt.expires is not None:
                     left = attempt.expires - time.monotonic()
                     if left <= 0.0:
@@ -167,7 +172,7 @@ class Reader:
         """Wait for the threads to end, ``STOPPING`` seconds at most: one may hang."""
         end = time.monotonic() + STOPPING
         for thread in [] if self.is_forked else list(self._threads.values()):
-            if thread is not threading.current_thread():
+            if thread is not threading.current_thread() and thread.is_alive():
                 thread.join(max(0.0, end - time.monotonic()))
 
     @property
@@ -238,11 +243,20 @@ class Reader:
         else:
             attempt.expires = time.monotonic() + max(pause, attempt.limit or 0.0)
 
-    def _hanging(self) -> int:
-        return sum(attempt.given_up for attempt in self._threads)
+    def _replace(self, attempt: _Attempt) -> None:
+        """Go on in another thread: the attempt's was ended by an error outside of the source, such as a lack of memory."""
+        cause = attempt.error
+        error = SourceError(f"{self._source.name}: reading it failed: {type(cause).__name__}: {cause}")
+        error.__cause__ = cause
+        # A source that cannot be opened twice goes on where it stands.
+        self._begin_attempt(self._fault(error), None if self._source.restartable else attempt.connection)
 
-    def _begin_attempt(self, pause: float) -> None:
-        attempt = self._attempt = _Attempt()
+    def _hanging(self) -> int:
+        return sum(attempt.given_up and thread.is_alive() for attempt, thread in self._threads.items())
+
+    def _begin_attempt(self, pause: float, connection: Iterator[Any] | None = None) -> None:
+        self._threads = {given_up: thread for given_up, thread in self._threads.items() if thread.is_alive()}
+        attempt = self._attempt = _Attempt(connection=connection)
         # A daemon: the interpreter's exit does not wait for a read that hangs.
         thread = threading.Thread(
             target=self._run, args=(attempt, pause), name=f"advrad-fast reading {self._source.name}", daemon=True
@@ -253,20 +267,28 @@ class Reader:
     # What follows runs in an attempt's thread.
 
     def _run(self, attempt: _Attempt, pause: float) -> None:
-        connection: Iterator[Any] | None = None
+        try:
+            self._read(attempt, pause)
+        except BaseException as error:
+            attempt.error = error
+        with self._changed:
+            self._changed.notify_all()
+
+    def _read(self, attempt: _Attempt, pause: float) -> None:
+        whole = True
         try:
             while self._sleep(attempt, pause):
                 pause = 0.0
                 try:
-                    if connection is None:
+                    if attempt.connection is None:
                         with self._limited(attempt, "opening it", self._settings.open_timeout):
-                            connection = self._source.open()
+                            attempt.connection = self._source.open()
                         with self._changed:
                             if self._is_over(attempt):
                                 return
                             self._opened += 1
                     with self._limited(attempt, "a read", self._settings.deadline):
-                        item = next(connection, _END)
+                        item = next(attempt.connection, _END)
                 except BaseException as error:  # also SystemExit: a thread that ended unseen would leave the stream waiting
                     with self._changed:
                         if self._is_over(attempt):
@@ -278,16 +300,17 @@ class Reader:
                         pause = self._fault(error)
                     if self._source.restartable:
                         with self._limited(attempt, "closing it", self._settings.open_timeout):
-                            _close(connection)
-                        connection = None
+                            _close(attempt.connection)
+                        attempt.connection = None
                     continue
                 if not self._put(attempt, item):
                     return
+        except BaseException:
+            whole = False
+            raise
         finally:
-            _close(connection)
-            with self._changed:
-                self._threads.pop(attempt, None)
-                self._changed.notify_all()
+            if whole or self._source.restartable:  # else the next thread goes on with it
+                _close(attempt.connection)
 
     def _limited(self, attempt: _Attempt, task: str, limit: float | None) -> _Limit:
         return _Limit(self._changed, attempt, task, limit)

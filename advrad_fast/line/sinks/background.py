@@ -39,7 +39,7 @@ class Background:
         self._changed = threading.Condition()
         self._queue: deque[StreamInspection] = deque()
         self._thread: threading.Thread | None = None
-        self._ending = False
+        self._ending = self._done = False
         self._lost = 0
         self._error: SinkError | None = None  # of the sink's last attempt
         self._at_end: SinkError | None = None
@@ -51,23 +51,22 @@ class Background:
                 self._lost += 1
                 return SinkError(f"{self.sink.name}: {len(self._queue)} results wait for it; no room for another")
             self._queue.append(result.light())
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name=f"advrad-fast {self.sink.name}", daemon=True)
-                self._thread.start()
             self._changed.notify_all()
-            return self._error
+            return self._started() or self._error
 
     def close(self) -> SinkError | None:
         """Wait for the sink, ``closing_s`` at most; never raises."""
         with self._changed:
             self._ending = True
             self._changed.notify_all()
+            error = None if self._thread is None else self._started()
             thread = self._thread
         if thread is None:
             return self._delivery.close()
-        thread.join(self._closing)
+        if error is None:
+            thread.join(self._closing)
         with self._changed:
-            if thread.is_alive():
+            if not self._done:
                 left = self.status.waiting
                 self._lost += len(self._queue)
                 self._queue.clear()
@@ -79,6 +78,18 @@ class Background:
         """Counts."""
         inner = self._delivery.status
         return replace(inner, waiting=inner.waiting + len(self._queue), lost=inner.lost + self._lost)
+
+    def _started(self) -> SinkError | None:
+        """Start the thread; another where an error of its own, such as a lack of memory, ended it.  What waits is still there."""
+        if self._done or (self._thread is not None and self._thread.is_alive()):
+            return None
+        try:
+            thread = threading.Thread(target=self._work, name=f"advrad-fast {self.sink.name}", daemon=True)
+            thread.start()
+        except (RuntimeError, MemoryError) as error:  # of the first, "can't start new thread"
+            return SinkError(f"{self.sink.name}: no thread to be had for it: {error}")
+        self._thread = thread
+        return None
 
     def _work(self) -> None:
         while True:
@@ -93,3 +104,4 @@ class Background:
                 if result is not None and self._queue:
                     self._queue.popleft()
         self._at_end = self._delivery.close()
+        self._done = True
