@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from advrad_fast.line.sinks.base import Sink
 from advrad_fast.line.sinks.delivery import WAITING, Delivery, SinkStatus
 
 _AGAIN = 0.1  # seconds after which results that wait are offered again though no new one has come
+_THREADS = 3  # that closing tries, where errors of their own end them
 
 
 class Background:
@@ -56,15 +58,20 @@ class Background:
 
     def close(self) -> SinkError | None:
         """Wait for the sink, ``closing_s`` at most; never raises."""
+        end = time.monotonic() + self._closing
         with self._changed:
             self._ending = True
             self._changed.notify_all()
-            error = None if self._thread is None else self._started()
-            thread = self._thread
-        if thread is None:
+        if self._thread is None:
             return self._delivery.close()
-        if error is None:
-            thread.join(self._closing)
+        for _ in range(_THREADS):
+            with self._changed:
+                if self._done or self._started() is not None:
+                    break
+                thread = self._thread
+            thread.join(max(0.0, end - time.monotonic()))
+            if thread.is_alive():
+                break
         with self._changed:
             if not self._done:
                 left = self.status.waiting
