@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from types import CodeType, FrameType
 from typing import Any
 
 import advrad_fast
+
+#: What is injected.
+FAULTS: list[type[Exception]] = [MemoryError, OSError, RuntimeError]
 
 PACKAGE = str(Path(advrad_fast.__file__).parent)
 
@@ -40,6 +44,19 @@ def inject(action: Callable[[], Any], at: Line, error: BaseException) -> Any:
             raise error  # which also ends the tracing
 
     return _traced(action, raise_there)
+
+
+def injected_once(work: Callable[..., None], at: Line, error: BaseException) -> Callable[..., None]:
+    """``work``, which the first time that it is called raises ``error`` when this line is reached."""
+    calls = itertools.count()
+
+    def run(*arguments: Any) -> None:
+        if next(calls):
+            work(*arguments)
+        else:
+            inject(lambda: work(*arguments), at, error)
+
+    return run
 
 
 def _traced(action: Callable[[], Any], visit: Callable[[Line], object]) -> Any:

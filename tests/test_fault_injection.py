@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from injection import Line, inject, lines
+from injection import FAULTS, Line, inject, lines
 from models import small_model, tiny_model
 from parts import disc, scratched
 from PIL import Image
@@ -34,7 +34,6 @@ from advrad_fast.files import write_atomically
 _rng = np.random.default_rng(1)
 GOOD, BAD = disc(_rng, 32), scratched(_rng, 32)
 MODEL = small_model(spread=True)
-FAULTS: list[type[Exception]] = [MemoryError, OSError, RuntimeError]
 
 
 def make(backend: str, **options: Any) -> Detector:

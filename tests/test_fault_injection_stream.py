@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from injection import Line, inject, lines
+from injection import FAULTS, Line, inject, injected_once, lines
 from models import certifiable, small_model
 from parts import disc, scratched
 
@@ -26,8 +26,6 @@ _rng = np.random.default_rng(1)
 FRAMES = [disc(_rng, 32), scratched(_rng, 32)]
 # Of files that were opened on the line of the fault.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
-
-FAULTS: list[type[Exception]] = [MemoryError, OSError, RuntimeError]
 
 
 @pytest.fixture(autouse=True)
@@ -84,15 +82,7 @@ def test_a_fault_at_any_line_of_reading(detector: Detector, tmp_path: Path, monk
     at = list(dict.fromkeys(found))
     assert {"Reader._put", "Reader._sleep", "_Limit.__enter__", "_Copies.__next__"} <= {line.code.co_qualname for line in at}
     for line, fault in zip(at, itertools.cycle(FAULTS), strict=False):
-        once = iter([True])
-
-        def faulty(*arguments: Any, line: Line = line, fault: type[Exception] = fault, once: Any = once) -> None:
-            if next(once, False):
-                inject(lambda: whole(*arguments), line, fault("injected"))
-            else:
-                whole(*arguments)
-
-        monkeypatch.setattr(Reader, "_run", faulty)
+        monkeypatch.setattr(Reader, "_run", injected_once(whole, line, fault("injected")))
         outcomes: list[Outcome] = []
         ended = threading.Thread(target=lambda: outcomes.extend(run(detector, tmp_path)), daemon=True)  # noqa: B023
         ended.start()
@@ -125,15 +115,7 @@ def test_a_fault_at_any_line_of_storing(tmp_path: Path, detector: Detector, monk
     assert {"Background._work", "JsonLines.write", "Delivery.deliver"} <= {line.code.co_qualname for line in at}
     there = 0
     for line, fault in zip(at, itertools.cycle(FAULTS), strict=False):
-        once = iter([True])
-
-        def faulty(sink: Background, line: Line = line, fault: type[Exception] = fault, once: Any = once) -> None:
-            if next(once, False):
-                inject(lambda: whole(sink), line, fault("injected"))
-            else:
-                whole(sink)
-
-        monkeypatch.setattr(Background, "_work", faulty)
+        monkeypatch.setattr(Background, "_work", injected_once(whole, line, fault("injected")))
         try:
             there += action()
         except AssertionError as error:

@@ -271,46 +271,40 @@ class Reader:
             self._read(attempt, pause)
         except BaseException as error:
             attempt.error = error
+        if attempt.error is None or self._source.restartable:  # else the next thread goes on with it
+            _close(attempt.connection)
         with self._changed:
             self._changed.notify_all()
 
     def _read(self, attempt: _Attempt, pause: float) -> None:
-        whole = True
-        try:
-            while self._sleep(attempt, pause):
-                pause = 0.0
-                try:
-                    if attempt.connection is None:
-                        with self._limited(attempt, "opening it", self._settings.open_timeout):
-                            attempt.connection = self._source.open()
-                        with self._changed:
-                            if self._is_over(attempt):
-                                return
-                            self._opened += 1
-                    with self._limited(attempt, "a read", self._settings.deadline):
-                        item = next(attempt.connection, _END)
-                except BaseException as error:  # also SystemExit: a thread that ended unseen would leave the stream waiting
+        while self._sleep(attempt, pause):
+            pause = 0.0
+            try:
+                if attempt.connection is None:
+                    with self._limited(attempt, "opening it", self._settings.open_timeout):
+                        attempt.connection = self._source.open()
                     with self._changed:
                         if self._is_over(attempt):
                             return
-                        if not isinstance(error, AdvRADError):
-                            message = f"{self._source.name}: {type(error).__name__}: {error}"
-                            error, cause = SourceError(message), error
-                            error.__cause__ = cause
-                        pause = self._fault(error)
-                    if self._source.restartable:
-                        with self._limited(attempt, "closing it", self._settings.open_timeout):
-                            _close(attempt.connection)
-                        attempt.connection = None
-                    continue
-                if not self._put(attempt, item):
-                    return
-        except BaseException:
-            whole = False
-            raise
-        finally:
-            if whole or self._source.restartable:  # else the next thread goes on with it
-                _close(attempt.connection)
+                        self._opened += 1
+                with self._limited(attempt, "a read", self._settings.deadline):
+                    item = next(attempt.connection, _END)
+            except BaseException as error:  # also SystemExit: a thread that ended unseen would leave the stream waiting
+                with self._changed:
+                    if self._is_over(attempt):
+                        return
+                    if not isinstance(error, AdvRADError):
+                        message = f"{self._source.name}: {type(error).__name__}: {error}"
+                        error, cause = SourceError(message), error
+                        error.__cause__ = cause
+                    pause = self._fault(error)
+                if self._source.restartable:
+                    with self._limited(attempt, "closing it", self._settings.open_timeout):
+                        _close(attempt.connection)
+                    attempt.connection = None
+                continue
+            if not self._put(attempt, item):
+                return
 
     def _limited(self, attempt: _Attempt, task: str, limit: float | None) -> _Limit:
         return _Limit(self._changed, attempt, task, limit)
