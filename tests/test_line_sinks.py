@@ -220,6 +220,22 @@ def test_a_sink_that_hangs_in_the_background_holds_up_nothing(model: Detector) -
     hang.set()
 
 
+def test_a_background_sink_without_a_thread_says_so_and_stores_later(
+    results: list[StreamInspection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    sink = Memory()
+    background = Background(sink)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert "no thread to be had" in str(background.deliver(results[0]))
+    assert background.status.waiting == 1
+    assert background.close() is None
+    assert [row.sequence for row in sink.taken] == [results[0].sequence]
+
+
 def test_the_background_brings_all_in_order_and_waits_at_the_end(model: Detector) -> None:
     refused = [0]
 

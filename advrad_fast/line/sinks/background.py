@@ -62,11 +62,11 @@ class Background:
         with self._changed:
             self._ending = True
             self._changed.notify_all()
-        if self._thread is None:
+        if self._thread is None and not self._queue:
             return self._delivery.close()
         for _ in range(_THREADS):
             with self._changed:
-                if self._done or self._started() is not None:
+                if self._done or self._started() is not None or self._thread is None:
                     break
                 thread = self._thread
             thread.join(max(0.0, end - time.monotonic()))
